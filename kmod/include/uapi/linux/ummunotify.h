@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: ((GPL-2.0 WITH Linux-syscall-note) OR BSD-2-Clause) */
+/*
+ * User-space interface of /dev/ummunotify: MMU notifications for user space.
+ *
+ * Binary compatible with the ummunotify driver proposed in 2010.
+ * ummunotify.rst describes the behaviour behind these numbers.
+ */
+#ifndef _UAPI_LINUX_UMMUNOTIFY_H
+#define _UAPI_LINUX_UMMUNOTIFY_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+/**
+ * struct ummunotify_register_ioctl - argument of UMMUNOTIFY_REGISTER_REGION
+ * @start:	first byte of the watched range of virtual addresses
+ * @end:	first byte behind the range; an empty range never reports
+ * @user_cookie:	caller's name for the region, unique within the fd
+ * @flags:	set to 0; ignored while no feature was negotiated
+ * @reserved:	set to 0; ignored while no feature was negotiated
+ */
+struct ummunotify_register_ioctl {
+	__u64	start;
+	__u64	end;
+	__u64	user_cookie;
+	__u32	flags;
+	__u32	reserved;
+};
+
+#define UMMUNOTIFY_MAGIC		'U'
+
+/*
+ * Takes a mask of wanted features and returns those that are granted: none is
+ * defined yet.  Accepted once, before the first read() or registration.
+ */
+#define UMMUNOTIFY_EXCHANGE_FEATURES	_IOWR(UMMUNOTIFY_MAGIC, 1, __u32)
+/* Start to watch a range of addresses. */
+#define UMMUNOTIFY_REGISTER_REGION	_IOW(UMMUNOTIFY_MAGIC, 2, \
+					     struct ummunotify_register_ioctl)
+/* Stop to watch the region with this cookie; a pending report is dropped. */
+#define UMMUNOTIFY_UNREGISTER_REGION	_IOW(UMMUNOTIFY_MAGIC, 3, __u64)
+
+enum {
+	/* Something in a region's range was invalidated. */
+	UMMUNOTIFY_EVENT_TYPE_INVAL	= 0,
+	/* No report is left; carries the generation of that moment. */
+	UMMUNOTIFY_EVENT_TYPE_LAST	= 1,
+};
+
+enum {
+	/*
+	 * hint_start and hint_end are the one range that was invalidated;
+	 * otherwise they are the whole region.
+	 */
+	UMMUNOTIFY_EVENT_FLAG_HINT	= 1 << 0,
+};
+
+/**
+ * struct ummunotify_event - one record that read() returns
+ * @type:	UMMUNOTIFY_EVENT_TYPE_INVAL or UMMUNOTIFY_EVENT_TYPE_LAST
+ * @flags:	INVAL: UMMUNOTIFY_EVENT_FLAG_HINT or 0; LAST: 0
+ * @hint_start:	INVAL: first invalidated byte; LAST: 0
+ * @hint_end:	INVAL: first byte behind them; LAST: 0
+ * @user_cookie_counter:	INVAL: the region's cookie; LAST: the generation
+ */
+struct ummunotify_event {
+	__u32	type;
+	__u32	flags;
+	__u64	hint_start;
+	__u64	hint_end;
+	__u64	user_cookie_counter;
+};
+
+/*
+ * mmap(NULL, UMMUNOTIFY_GENERATION_SIZE, PROT_READ, MAP_SHARED, fd,
+ *      UMMUNOTIFY_GENERATION_OFFSET) maps the generation counter, a __u64.
+ */
+#define UMMUNOTIFY_GENERATION_OFFSET	0
+#define UMMUNOTIFY_GENERATION_SIZE	8
+
+#if !defined(__KERNEL__) && (defined(__GNUC__) || defined(__clang__))
+/**
+ * ummunotify_load_generation() - read the mapped generation counter
+ * @counter: the mapped page
+ *
+ * No system call.  Also right on 32-bit CPUs, where the two halves are loaded
+ * in the order (low, then high) in which no equality with an earlier value can
+ * be an accident; ummunotify.rst has the proof.
+ *
+ * Return: the generation, to be compared for equality with that of a LAST.
+ */
+static inline __u64 ummunotify_load_generation(const volatile void *counter)
+{
+#if __SIZEOF_POINTER__ >= 8
+	return __atomic_load_n((const volatile __u64 *)counter,
+			       __ATOMIC_ACQUIRE);
+#else
+	const volatile __u32 *word = (const volatile __u32 *)counter;
+	const int low = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
+	__u32 low_word, high_word;
+
+	low_word = __atomic_load_n(&word[low], __ATOMIC_ACQUIRE);
+	high_word = __atomic_load_n(&word[!low], __ATOMIC_ACQUIRE);
+	return (__u64)high_word << 32 | low_word;
+#endif
+}
+#endif
+
+#endif /* _UAPI_LINUX_UMMUNOTIFY_H */
