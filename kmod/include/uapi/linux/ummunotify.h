@@ -89,13 +89,13 @@ struct ummunotify_event {
  *
  * Return: the generation, to be compared for equality with that of a LAST.
  */
-static inline __u64 ummunotify_load_generation(const volatile void *counter)
+static inline __u64 ummunotify_load_generation(const void *counter)
 {
 #if __SIZEOF_POINTER__ >= 8
-	return __atomic_load_n((const volatile __u64 *)counter,
+	return __atomic_load_n((const __u64 *)counter,
 			       __ATOMIC_ACQUIRE);
 #else
-	const volatile __u32 *word = (const volatile __u32 *)counter;
+	const __u32 *word = (const __u32 *)counter;
 	const int low = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
 	__u32 low_word, high_word;
 

@@ -1,0 +1,1141 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * ummunotify - MMU notifications for user space
+ *
+ * A process opens /dev/ummunotify, registers ranges of its address space by
+ * cookie, and read()s which of them were invalidated: unmapped, moved,
+ * dropped, reclaimed, protected.  A generation counter in a page that it maps
+ * tells without a system call that nothing happened.
+ *
+ * The interface is that of the driver proposed in 2010; the code is new.
+ * ummunotify.rst is the documentation.
+ *
+ * How it works
+ * ------------
+ * A fd (struct ummunotify_ctx) is bound to the address space of its opener by
+ * one MMU notifier.  Regions hang in two trees: by range, to find what an
+ * invalidation hits, and by cookie.  Each region carries the memory of its one
+ * report, so an invalidation allocates nothing.
+ *
+ * ctx->lock guards all of that.  It is a raw spinlock, since the notifier may
+ * be called where nothing may sleep (the OOM reaper), on PREEMPT_RT too.  It is
+ * held for a bounded number of steps, never while user memory is touched, and
+ * never while memory is allocated or freed or anybody is woken.
+ *
+ * A reader copies reports out first and takes them off the list afterwards
+ * (ummunotify_peek(), ummunotify_commit()), so a read() that fails loses
+ * nothing.  ctx->read_lock keeps readers apart; no notifier takes it.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/anon_inodes.h>
+#include <linux/cache.h>
+#include <linux/cpumask.h>
+#include <linux/fs.h>
+#include <linux/init.h>
+#include <linux/irq_work.h>
+#include <linux/list.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/mmu_notifier.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/poll.h>
+#include <linux/rbtree_augmented.h>
+#include <linux/sched.h>
+#include <linux/slab.h>
+#include <linux/spinlock.h>
+#include <linux/uaccess.h>
+#include <linux/wait.h>
+
+#include <uapi/linux/ummunotify.h>
+
+#include "ummunotify_compat.h"
+
+/* Records that a read() moves per hold of the lock; they live on its stack. */
+#define UMMUNOTIFY_READ_BATCH	16
+
+/*
+ * Regions that an invalidation reports per hold of the lock.  See
+ * ummunotify_walk() for why this should exceed the number of CPUs.
+ */
+#define UMMUNOTIFY_WALK_BATCH	64
+
+static unsigned int max_regions = 1U << 20;
+module_param(max_regions, uint, 0644);
+MODULE_PARM_DESC(max_regions,
+		 "Regions that one file descriptor may register (default 1048576)");
+
+static struct kmem_cache *ummunotify_region_cache;
+
+/*
+ * State of a region's report: none of these bits, or PENDING and some others.
+ *
+ * PENDING: the region is on the ctx's list of pending reports.
+ * HINT:    hint_start and hint_last are the one range that was invalidated.
+ * PEEKED:  a reader copies the report out at this moment.
+ * CHANGED: the report has changed since it was PEEKED: it stays pending.
+ */
+#define REPORT_PENDING	BIT(0)
+#define REPORT_HINT	BIT(1)
+#define REPORT_PEEKED	BIT(2)
+#define REPORT_CHANGED	BIT(3)
+
+/**
+ * struct ummunotify_region - a registered range, and its report
+ * @range_node:	node in the ctx's ranges; clear if the range is empty
+ * @start:	first byte
+ * @last:	last byte; start - 1 if the range is empty
+ * @subtree_last:	highest @last in the subtree below @range_node
+ * @cookie_node:	node in the ctx's cookies
+ * @cookie:	user space's name of the region
+ * @pending:	entry in the ctx's list of pending reports
+ * @hint_start:	first invalidated byte, within the region
+ * @hint_last:	last invalidated byte, within the region
+ * @report:	REPORT_* bits
+ */
+struct ummunotify_region {
+	struct rb_node		range_node;
+	unsigned long		start;
+	unsigned long		last;
+	unsigned long		subtree_last;
+	struct rb_node		cookie_node;
+	u64			cookie;
+	struct list_head	pending;
+	unsigned long		hint_start;
+	unsigned long		hint_last;
+	unsigned int		report;
+};
+
+/**
+ * struct ummunotify_ctx - an open file
+ * @first:	lowest watched byte; read without the lock
+ * @last:	highest watched byte; read without the lock
+ * @notifier:	the subscription to the opener's address space
+ * @lock:	guards everything down to @last_due
+ * @ranges:	regions by (start, cookie), augmented to find overlaps
+ * @cookies:	regions by cookie, downwards: the cached node is the highest
+ * @nr_regions:	number of regions
+ * @pending:	regions with a report that was not read
+ * @generation:	the generation counter; the mapped page repeats it
+ * @told_generation:	the generation that the latest LAST told
+ * @used:	read() or a registration was tried: too late for features
+ * @ended:	the address space is gone
+ * @closing:	nobody will read any more
+ * @last_due:	LAST follows as soon as @pending is empty
+ * @counter:	the mapped page
+ * @read_lock:	one reader at a time
+ * @wait:	sleeping readers and pollers
+ * @fasync:	receivers of SIGIO
+ * @wake_work:	wakes where the notifier itself must not
+ */
+struct ummunotify_ctx {
+	unsigned long		first;
+	unsigned long		last;
+	struct mmu_notifier	notifier;
+
+	raw_spinlock_t		lock ____cacheline_aligned_in_smp;
+	struct rb_root_cached	ranges;
+	struct rb_root_cached	cookies;
+	unsigned int		nr_regions;
+	struct list_head	pending;
+	u64			generation;
+	u64			told_generation;
+	bool			used;
+	bool			ended;
+	bool			closing;
+	bool			last_due;
+
+	struct page		*counter;
+	struct mutex		read_lock; /* one reader at a time */
+	wait_queue_head_t	wait;
+	struct fasync_struct	*fasync;
+	struct irq_work		wake_work;
+};
+
+/* Regions by range */
+
+#define range_entry(node) \
+	rb_entry(node, struct ummunotify_region, range_node)
+
+static inline unsigned long
+ummunotify_region_last(const struct ummunotify_region *region)
+{
+	return region->last;
+}
+
+RB_DECLARE_CALLBACKS_MAX(static, ummunotify_ranges_augment,
+			 struct ummunotify_region, range_node,
+			 unsigned long, subtree_last, ummunotify_region_last)
+
+/* The cookie makes the order total: a walk can go on behind any region. */
+static inline bool ummunotify_orders_before(unsigned long start, u64 cookie,
+					    const struct ummunotify_region *than)
+{
+	return start < than->start ||
+	       (start == than->start && cookie < than->cookie);
+}
+
+static void ummunotify_ranges_insert(struct ummunotify_ctx *ctx,
+				     struct ummunotify_region *region)
+{
+	struct rb_node **link = &ctx->ranges.rb_root.rb_node;
+	struct rb_node *parent = NULL;
+	bool leftmost = true;
+
+	while (*link) {
+		struct ummunotify_region *above = range_entry(*link);
+
+		parent = *link;
+		if (above->subtree_last < region->last)
+			above->subtree_last = region->last;
+		if (ummunotify_orders_before(region->start, region->cookie,
+					     above)) {
+			link = &parent->rb_left;
+		} else {
+			link = &parent->rb_right;
+			leftmost = false;
+		}
+	}
+
+	region->subtree_last = region->last;
+	rb_link_node(&region->range_node, parent, link);
+	rb_insert_augmented_cached(&region->range_node, &ctx->ranges, leftmost,
+				   &ummunotify_ranges_augment);
+}
+
+static inline bool ummunotify_reaches(const struct rb_node *subtree,
+				      unsigned long start)
+{
+	return subtree && range_entry(subtree)->subtree_last >= start;
+}
+
+/* The first overlap in a subtree that reaches @start. */
+static struct ummunotify_region *
+ummunotify_subtree_overlap(struct rb_node *subtree, unsigned long start,
+			   unsigned long last)
+{
+	for (;;) {
+		struct ummunotify_region *region = range_entry(subtree);
+
+		/*
+		 * Whatever on the left reaches @start lies at or below it: if
+		 * its lowest such region does not overlap, none does.
+		 */
+		if (ummunotify_reaches(subtree->rb_left, start)) {
+			subtree = subtree->rb_left;
+			continue;
+		}
+		if (region->start > last)
+			return NULL;
+		if (region->last >= start)
+			return region;
+		subtree = subtree->rb_right;
+		if (!ummunotify_reaches(subtree, start))
+			return NULL;
+	}
+}
+
+static struct ummunotify_region *
+ummunotify_first_overlap(struct ummunotify_ctx *ctx, unsigned long start,
+			 unsigned long last)
+{
+	struct rb_node *root = ctx->ranges.rb_root.rb_node;
+
+	if (!ummunotify_reaches(root, start))
+		return NULL;
+	return ummunotify_subtree_overlap(root, start, last);
+}
+
+/* The first overlap that orders behind @region, which need not overlap. */
+static struct ummunotify_region *
+ummunotify_next_overlap(struct ummunotify_region *region, unsigned long start,
+			unsigned long last)
+{
+	struct rb_node *node = &region->range_node;
+
+	for (;;) {
+		struct rb_node *child;
+
+		if (ummunotify_reaches(node->rb_right, start))
+			return ummunotify_subtree_overlap(node->rb_right, start,
+							  last);
+		do {
+			child = node;
+			node = rb_parent(node);
+			if (!node)
+				return NULL;
+		} while (child == node->rb_right);
+
+		region = range_entry(node);
+		if (region->start > last)
+			return NULL;
+		if (region->last >= start)
+			return region;
+	}
+}
+
+/* The first overlap that orders behind a place in the tree. */
+static struct ummunotify_region *
+ummunotify_overlap_behind(struct ummunotify_ctx *ctx, unsigned long place_start,
+			  u64 place_cookie, unsigned long start,
+			  unsigned long last)
+{
+	struct rb_node *node = ctx->ranges.rb_root.rb_node;
+	struct ummunotify_region *behind = NULL;
+
+	while (node) {
+		struct ummunotify_region *region = range_entry(node);
+
+		if (ummunotify_orders_before(place_start, place_cookie,
+					     region)) {
+			behind = region;
+			node = node->rb_left;
+		} else {
+			node = node->rb_right;
+		}
+	}
+
+	if (!behind || behind->start > last)
+		return NULL;
+	if (behind->last >= start)
+		return behind;
+	return ummunotify_next_overlap(behind, start, last);
+}
+
+/*
+ * Any pair of values that ummunotify_misses() may see covers each region that
+ * stayed registered meanwhile, whichever of the two is the older.
+ */
+static void ummunotify_update_bounds(struct ummunotify_ctx *ctx)
+{
+	struct rb_node *leftmost = rb_first_cached(&ctx->ranges);
+	struct rb_node *root = ctx->ranges.rb_root.rb_node;
+	unsigned long first = leftmost ? range_entry(leftmost)->start : ULONG_MAX;
+	unsigned long last = root ? range_entry(root)->subtree_last : 0;
+
+	/* All CPUs read these two all the time: write only what is new. */
+	if (ctx->first != first)
+		WRITE_ONCE(ctx->first, first);
+	if (ctx->last != last)
+		WRITE_ONCE(ctx->last, last);
+}
+
+static bool ummunotify_misses(const struct ummunotify_ctx *ctx,
+			      const struct mmu_notifier_range *range)
+{
+	return range->start > READ_ONCE(ctx->last) ||
+	       range->end <= READ_ONCE(ctx->first);
+}
+
+/* Regions by cookie */
+
+#define cookie_entry(node) \
+	rb_entry(node, struct ummunotify_region, cookie_node)
+
+static struct ummunotify_region *
+ummunotify_cookies_find(struct ummunotify_ctx *ctx, u64 cookie)
+{
+	struct rb_node *node = ctx->cookies.rb_root.rb_node;
+
+	while (node) {
+		struct ummunotify_region *region = cookie_entry(node);
+
+		if (cookie > region->cookie)
+			node = node->rb_left;
+		else if (cookie < region->cookie)
+			node = node->rb_right;
+		else
+			return region;
+	}
+	return NULL;
+}
+
+/* Return: false if the cookie is in use. */
+static bool ummunotify_cookies_insert(struct ummunotify_ctx *ctx,
+				      struct ummunotify_region *region)
+{
+	struct rb_node *highest = rb_first_cached(&ctx->cookies);
+	struct rb_node **link = &ctx->cookies.rb_root.rb_node;
+	struct rb_node *parent = NULL;
+	bool leftmost = true;
+
+	/* Most clients count their cookies up: no search for those. */
+	if (highest && region->cookie > cookie_entry(highest)->cookie) {
+		parent = highest;
+		link = &highest->rb_left;
+	}
+
+	while (*link) {
+		struct ummunotify_region *above = cookie_entry(*link);
+
+		parent = *link;
+		if (region->cookie > above->cookie) {
+			link = &parent->rb_left;
+		} else if (region->cookie < above->cookie) {
+			link = &parent->rb_right;
+			leftmost = false;
+		} else {
+			return false;
+		}
+	}
+
+	rb_link_node(&region->cookie_node, parent, link);
+	rb_insert_color_cached(&region->cookie_node, &ctx->cookies, leftmost);
+	return true;
+}
+
+/* Reports */
+
+static void ummunotify_raise_generation(struct ummunotify_ctx *ctx)
+{
+	u64 *counter = page_address(ctx->counter);
+#ifndef CONFIG_64BIT
+	u32 *word = (u32 *)counter;
+	const int low = IS_ENABLED(CONFIG_CPU_BIG_ENDIAN);
+#endif
+
+	ctx->generation++;
+#ifdef CONFIG_64BIT
+	/* Pairs with the acquire of ummunotify_load_generation(). */
+	smp_store_release(counter, ctx->generation);
+#else
+	WRITE_ONCE(word[!low], upper_32_bits(ctx->generation));
+	/*
+	 * High word first: whoever loads low, then high, cannot put an earlier
+	 * generation together from two later ones.  ummunotify.rst proves it.
+	 */
+	smp_wmb();
+	WRITE_ONCE(word[low], lower_32_bits(ctx->generation));
+#endif
+}
+
+static bool ummunotify_readable(struct ummunotify_ctx *ctx)
+{
+	lockdep_assert_held(&ctx->lock);
+
+	return !list_empty(&ctx->pending) || ctx->last_due;
+}
+
+/*
+ * Waiters test for readability under the lock, and queue up before they do: if
+ * one tested too early to see what was queued under the lock, it is seen here.
+ */
+static void ummunotify_wake(struct ummunotify_ctx *ctx)
+{
+	/* No barrier: the lock orders this, as said. */
+	if (waitqueue_active(&ctx->wait))
+		wake_up_interruptible_poll(&ctx->wait, EPOLLIN | EPOLLRDNORM);
+	kill_fasync(&ctx->fasync, SIGIO, POLL_IN);
+}
+
+static void ummunotify_wake_work(struct irq_work *work)
+{
+	ummunotify_wake(container_of(work, struct ummunotify_ctx, wake_work));
+}
+
+/**
+ * struct ummunotify_walk - an invalidation, or its end, on its way
+ * @ctx:	where to report
+ * @start:	first invalidated byte
+ * @last:	last invalidated byte
+ * @at_end:	the page tables have changed: report what nobody can know
+ * @may_sleep:	the caller may sleep
+ * @raised:	this walk has raised the generation
+ * @wake:	a report was queued that readers may not know of
+ */
+struct ummunotify_walk {
+	struct ummunotify_ctx	*ctx;
+	unsigned long		start;
+	unsigned long		last;
+	bool			at_end;
+	bool			may_sleep;
+	bool			raised;
+	bool			wake;
+};
+
+/*
+ * A walk raises the generation once, with its first hit.  Only if somebody read
+ * LAST while the walk was between two batches must it rise again, for the
+ * reports queued behind that LAST.
+ */
+static void ummunotify_hit(struct ummunotify_walk *walk)
+{
+	struct ummunotify_ctx *ctx = walk->ctx;
+
+	if (walk->raised && ctx->generation != ctx->told_generation)
+		return;
+	ummunotify_raise_generation(ctx);
+	walk->raised = true;
+}
+
+static void ummunotify_report(struct ummunotify_walk *walk,
+			      struct ummunotify_region *region)
+{
+	unsigned long start = max(walk->start, region->start);
+	unsigned long last = min(walk->last, region->last);
+
+	if (!(region->report & REPORT_PENDING)) {
+		region->hint_start = start;
+		region->hint_last = last;
+		region->report = REPORT_PENDING | REPORT_HINT;
+		list_add_tail(&region->pending, &walk->ctx->pending);
+		walk->wake = true;
+		ummunotify_hit(walk);
+		return;
+	}
+
+	if (walk->at_end) {
+		/* Normally the start has said it, and nobody has read it. */
+		if (region->hint_start <= start && last <= region->hint_last)
+			return;
+	} else {
+		ummunotify_hit(walk);
+	}
+
+	region->hint_start = region->start;
+	region->hint_last = region->last;
+	region->report &= ~REPORT_HINT;
+	if (region->report & REPORT_PEEKED) {
+		region->report |= REPORT_CHANGED;
+		walk->wake = true;
+	}
+}
+
+/*
+ * Report to all regions that overlap, a bounded number per hold of the lock,
+ * since the caller may be anybody: reclaim, khugepaged, another process that
+ * truncates a shared file.
+ *
+ * The walk ends even if others register regions in front of it as fast as they
+ * can: the lock is fair, so that each other CPU adds at most one region while
+ * this one reports a batch, and a batch is no smaller than the number of CPUs.
+ */
+static void ummunotify_walk(struct ummunotify_walk *walk)
+{
+	const unsigned int batch = max_t(unsigned int, UMMUNOTIFY_WALK_BATCH,
+					 nr_cpu_ids);
+	struct ummunotify_ctx *ctx = walk->ctx;
+	struct ummunotify_region *region;
+	unsigned int hits = 0;
+
+	raw_spin_lock(&ctx->lock);
+	region = ummunotify_first_overlap(ctx, walk->start, walk->last);
+	while (region) {
+		ummunotify_report(walk, region);
+		if (likely(++hits < batch)) {
+			region = ummunotify_next_overlap(region, walk->start,
+							 walk->last);
+		} else {
+			unsigned long place_start = region->start;
+			u64 place_cookie = region->cookie;
+
+			raw_spin_unlock(&ctx->lock);
+			if (walk->may_sleep)
+				cond_resched();
+			hits = 0;
+			raw_spin_lock(&ctx->lock);
+			region = ummunotify_overlap_behind(ctx, place_start,
+							   place_cookie,
+							   walk->start,
+							   walk->last);
+		}
+	}
+	raw_spin_unlock(&ctx->lock);
+
+	if (!walk->wake)
+		return;
+	/* On PREEMPT_RT to wake is to sleep. */
+	if (IS_ENABLED(CONFIG_PREEMPT_RT) && !walk->may_sleep)
+		irq_work_queue(&ctx->wake_work);
+	else
+		ummunotify_wake(ctx);
+}
+
+/* The MMU notifier */
+
+static struct ummunotify_ctx *notifier_ctx(struct mmu_notifier *notifier)
+{
+	return container_of(notifier, struct ummunotify_ctx, notifier);
+}
+
+/* Before the first page goes away, the counter rises and reports are queued. */
+static int
+ummunotify_invalidate_range_start(struct mmu_notifier *notifier,
+				  const struct mmu_notifier_range *range)
+{
+	struct ummunotify_walk walk = {
+		.ctx		= notifier_ctx(notifier),
+		.start		= range->start,
+		.last		= range->end - 1,
+		.may_sleep	= mmu_notifier_range_blockable(range),
+	};
+
+	if (!ummunotify_misses(walk.ctx, range))
+		ummunotify_walk(&walk);
+	return 0;
+}
+
+/*
+ * While pages went away, a report may have been read and its range been looked
+ * at again, or a region been registered, too early to see the change: report
+ * once more, now that the page tables have changed.
+ */
+static void
+ummunotify_invalidate_range_end(struct mmu_notifier *notifier,
+				const struct mmu_notifier_range *range)
+{
+	struct ummunotify_walk walk = {
+		.ctx		= notifier_ctx(notifier),
+		.start		= range->start,
+		.last		= range->end - 1,
+		.at_end		= true,
+		.may_sleep	= mmu_notifier_range_blockable(range),
+	};
+
+	/*
+	 * Pairs with the one in ummunotify_register(): either the region just
+	 * registered is seen here, or its owner sees the new page tables.
+	 */
+	smp_mb();
+	if (!ummunotify_misses(walk.ctx, range))
+		ummunotify_walk(&walk);
+}
+
+/* The last user of the address space is gone, or the fd is being closed. */
+static void ummunotify_mm_release(struct mmu_notifier *notifier,
+				  struct mm_struct *mm)
+{
+	struct ummunotify_walk walk = {
+		.ctx		= notifier_ctx(notifier),
+		.start		= 0,
+		.last		= ULONG_MAX,
+		.may_sleep	= true,
+	};
+	struct ummunotify_ctx *ctx = walk.ctx;
+	bool ignore;
+
+	raw_spin_lock(&ctx->lock);
+	ignore = ctx->closing || ctx->ended;
+	ctx->ended = true;
+	raw_spin_unlock(&ctx->lock);
+	if (ignore)
+		return;
+
+	ummunotify_walk(&walk);
+	wake_up_interruptible_poll(&ctx->wait, EPOLLIN | EPOLLRDNORM | EPOLLHUP);
+	kill_fasync(&ctx->fasync, SIGIO, POLL_HUP);
+}
+
+static const struct mmu_notifier_ops ummunotify_mmu_notifier_ops = {
+	.invalidate_range_start	= ummunotify_invalidate_range_start,
+	.invalidate_range_end	= ummunotify_invalidate_range_end,
+	.release		= ummunotify_mm_release,
+};
+
+/* read() and poll() */
+
+/*
+ * Copy up to @room reports, and LAST if the list has no more, without taking
+ * them off the list.
+ *
+ * Return: number of records in @events.
+ */
+static size_t ummunotify_peek(struct ummunotify_ctx *ctx,
+			      struct ummunotify_event *events, size_t room)
+{
+	struct ummunotify_region *region;
+	size_t n = 0;
+
+	raw_spin_lock(&ctx->lock);
+	list_for_each_entry(region, &ctx->pending, pending) {
+		if (n == room)
+			goto out;
+		region->report |= REPORT_PEEKED;
+		events[n++] = (struct ummunotify_event) {
+			.type = UMMUNOTIFY_EVENT_TYPE_INVAL,
+			.flags = region->report & REPORT_HINT ?
+				 UMMUNOTIFY_EVENT_FLAG_HINT : 0,
+			.hint_start = region->hint_start,
+			.hint_end = (u64)region->hint_last + 1,
+			.user_cookie_counter = region->cookie,
+		};
+	}
+	if (n < room && (n || ctx->last_due))
+		events[n++] = (struct ummunotify_event) {
+			.type = UMMUNOTIFY_EVENT_TYPE_LAST,
+			.user_cookie_counter = ctx->generation,
+		};
+out:
+	raw_spin_unlock(&ctx->lock);
+	return n;
+}
+
+/* Nothing was delivered: the reports stay where they are. */
+static void ummunotify_unpeek(struct ummunotify_ctx *ctx)
+{
+	struct ummunotify_region *region;
+
+	raw_spin_lock(&ctx->lock);
+	list_for_each_entry(region, &ctx->pending, pending) {
+		if (!(region->report & REPORT_PEEKED))
+			break;
+		region->report &= ~(REPORT_PEEKED | REPORT_CHANGED);
+	}
+	raw_spin_unlock(&ctx->lock);
+}
+
+/*
+ * Take what was delivered off the list.  The reports peeked at are still at its
+ * head, but for those of regions that were unregistered meanwhile.
+ *
+ * Return: number of records that count as delivered: without LAST, if it is not
+ * true any more.
+ */
+static size_t ummunotify_commit(struct ummunotify_ctx *ctx,
+				const struct ummunotify_event *events, size_t n)
+{
+	const struct ummunotify_event *final = &events[n - 1];
+
+	raw_spin_lock(&ctx->lock);
+	while (!list_empty(&ctx->pending)) {
+		struct ummunotify_region *region =
+			list_first_entry(&ctx->pending,
+					 struct ummunotify_region, pending);
+
+		if (!(region->report & REPORT_PEEKED))
+			break;
+		if (region->report & REPORT_CHANGED) {
+			region->report &= ~(REPORT_PEEKED | REPORT_CHANGED);
+			list_move_tail(&region->pending, &ctx->pending);
+		} else {
+			region->report = 0;
+			list_del(&region->pending);
+		}
+	}
+
+	ctx->last_due = true;
+	if (final->type == UMMUNOTIFY_EVENT_TYPE_LAST) {
+		if (list_empty(&ctx->pending) &&
+		    ctx->generation == final->user_cookie_counter) {
+			ctx->told_generation = ctx->generation;
+			ctx->last_due = false;
+		} else {
+			n--;
+		}
+	}
+	raw_spin_unlock(&ctx->lock);
+	return n;
+}
+
+/* Return: bytes delivered, 0 if another reader was faster, or an error. */
+static ssize_t ummunotify_deliver(struct ummunotify_ctx *ctx, char __user *buf,
+				  size_t room)
+{
+	struct ummunotify_event events[UMMUNOTIFY_READ_BATCH];
+	size_t delivered = 0;
+
+	while (delivered < room) {
+		size_t n = ummunotify_peek(ctx, events,
+					   min_t(size_t, room - delivered,
+						 UMMUNOTIFY_READ_BATCH));
+
+		if (!n)
+			break;
+		if (copy_to_user(buf + delivered * sizeof(*events), events,
+				 n * sizeof(*events))) {
+			ummunotify_unpeek(ctx);
+			if (!delivered)
+				return -EFAULT;
+			break;
+		}
+		n = ummunotify_commit(ctx, events, n);
+		delivered += n;
+		if (n && events[n - 1].type == UMMUNOTIFY_EVENT_TYPE_LAST)
+			break;
+		cond_resched();
+	}
+	return delivered * sizeof(*events);
+}
+
+/* Is there something that read() need not wait for: records, or the end? */
+static bool ummunotify_read_ready(struct ummunotify_ctx *ctx, bool *ended)
+{
+	bool readable;
+
+	raw_spin_lock(&ctx->lock);
+	readable = ummunotify_readable(ctx);
+	*ended = ctx->ended && !readable;
+	raw_spin_unlock(&ctx->lock);
+	return readable || *ended;
+}
+
+static ssize_t ummunotify_read(struct file *file, char __user *buf, size_t len,
+			       loff_t *pos)
+{
+	struct ummunotify_ctx *ctx = file->private_data;
+	size_t room = len / sizeof(struct ummunotify_event);
+	ssize_t ret;
+	bool ended;
+
+	if (!room)
+		return -EINVAL;
+
+	WRITE_ONCE(ctx->used, true);
+	do {
+		if (!ummunotify_read_ready(ctx, &ended)) {
+			if (file->f_flags & O_NONBLOCK)
+				return -EAGAIN;
+			if (wait_event_interruptible(ctx->wait,
+						     ummunotify_read_ready(ctx, &ended)))
+				return -ERESTARTSYS;
+		}
+		if (ended)
+			return 0;
+
+		if (mutex_lock_interruptible(&ctx->read_lock))
+			return -ERESTARTSYS;
+		ret = ummunotify_deliver(ctx, buf, room);
+		mutex_unlock(&ctx->read_lock);
+	} while (!ret);
+
+	return ret;
+}
+
+static __poll_t ummunotify_poll(struct file *file, poll_table *wait)
+{
+	struct ummunotify_ctx *ctx = file->private_data;
+	__poll_t mask = 0;
+
+	poll_wait(file, &ctx->wait, wait);
+
+	raw_spin_lock(&ctx->lock);
+	if (ummunotify_readable(ctx))
+		mask |= EPOLLIN | EPOLLRDNORM;
+	/* End of file does not block either. */
+	if (ctx->ended)
+		mask |= EPOLLIN | EPOLLRDNORM | EPOLLHUP;
+	raw_spin_unlock(&ctx->lock);
+	return mask;
+}
+
+static int ummunotify_fasync(int fd, struct file *file, int on)
+{
+	struct ummunotify_ctx *ctx = file->private_data;
+
+	return fasync_helper(fd, file, on, &ctx->fasync);
+}
+
+/* ioctl() */
+
+static long ummunotify_exchange_features(struct ummunotify_ctx *ctx,
+					 u32 __user *arg)
+{
+	u32 features;
+	bool late;
+
+	if (get_user(features, arg))
+		return -EFAULT;
+
+	raw_spin_lock(&ctx->lock);
+	late = ctx->used;
+	ctx->used = true;
+	raw_spin_unlock(&ctx->lock);
+	if (late)
+		return -EINVAL;
+
+	/* None is defined yet. */
+	features = 0;
+	return put_user(features, arg);
+}
+
+/* Takes over @region if it succeeds. */
+static int ummunotify_insert(struct ummunotify_ctx *ctx,
+			     struct ummunotify_region *region)
+{
+	lockdep_assert_held(&ctx->lock);
+
+	if (ctx->ended)
+		return -ESRCH;
+	if (ctx->nr_regions >= READ_ONCE(max_regions))
+		return -ENOSPC;
+	if (!ummunotify_cookies_insert(ctx, region))
+		return -EINVAL;
+
+	ctx->nr_regions++;
+	if (region->last + 1 != region->start) {
+		ummunotify_ranges_insert(ctx, region);
+		ummunotify_update_bounds(ctx);
+	} else {
+		RB_CLEAR_NODE(&region->range_node);
+	}
+	return 0;
+}
+
+static long ummunotify_register(struct ummunotify_ctx *ctx,
+				struct ummunotify_register_ioctl __user *arg)
+{
+	struct ummunotify_register_ioctl parm;
+	struct ummunotify_region *region;
+	u64 start, end;
+	int ret;
+
+	/* flags and reserved are garbage in clients of 2010: not looked at. */
+	if (copy_from_user(&parm, arg, sizeof(parm)))
+		return -EFAULT;
+	WRITE_ONCE(ctx->used, true);
+
+	start = untagged_addr(parm.start);
+	end = untagged_addr(parm.end);
+	if (start > end || end > ULONG_MAX)
+		return -EINVAL;
+
+	region = kmem_cache_alloc(ummunotify_region_cache, GFP_KERNEL);
+	if (!region)
+		return -ENOMEM;
+	region->start = start;
+	region->last = end - 1;
+	region->cookie = parm.user_cookie;
+	region->report = 0;
+
+	raw_spin_lock(&ctx->lock);
+	ret = ummunotify_insert(ctx, region);
+	raw_spin_unlock(&ctx->lock);
+	if (ret)
+		kmem_cache_free(ummunotify_region_cache, region);
+
+	/*
+	 * Pairs with the one in ummunotify_invalidate_range_end(): whatever the
+	 * caller does with the range now comes behind the bounds that cover it.
+	 */
+	smp_mb();
+	return ret;
+}
+
+static long ummunotify_unregister(struct ummunotify_ctx *ctx,
+				  u64 __user *arg)
+{
+	struct ummunotify_region *region;
+	bool wake = false;
+	u64 cookie;
+
+	if (copy_from_user(&cookie, arg, sizeof(cookie)))
+		return -EFAULT;
+
+	raw_spin_lock(&ctx->lock);
+	region = ummunotify_cookies_find(ctx, cookie);
+	if (!region) {
+		raw_spin_unlock(&ctx->lock);
+		return -EINVAL;
+	}
+	rb_erase_cached(&region->cookie_node, &ctx->cookies);
+	if (!RB_EMPTY_NODE(&region->range_node)) {
+		rb_erase_augmented_cached(&region->range_node, &ctx->ranges,
+					  &ummunotify_ranges_augment);
+		ummunotify_update_bounds(ctx);
+	}
+	ctx->nr_regions--;
+	if (region->report & REPORT_PENDING) {
+		list_del(&region->pending);
+		/* The counter has risen, and only LAST is left to explain it. */
+		if (list_empty(&ctx->pending)) {
+			ctx->last_due = true;
+			wake = true;
+		}
+	}
+	raw_spin_unlock(&ctx->lock);
+
+	kmem_cache_free(ummunotify_region_cache, region);
+	if (wake)
+		ummunotify_wake(ctx);
+	return 0;
+}
+
+static long ummunotify_ioctl(struct file *file, unsigned int cmd,
+			     unsigned long arg)
+{
+	struct ummunotify_ctx *ctx = file->private_data;
+	void __user *argp = (void __user *)arg;
+
+	switch (cmd) {
+	case UMMUNOTIFY_EXCHANGE_FEATURES:
+		return ummunotify_exchange_features(ctx, argp);
+	case UMMUNOTIFY_REGISTER_REGION:
+		return ummunotify_register(ctx, argp);
+	case UMMUNOTIFY_UNREGISTER_REGION:
+		return ummunotify_unregister(ctx, argp);
+	default:
+		return -ENOTTY;
+	}
+}
+
+/* mmap() */
+
+static vm_fault_t ummunotify_counter_fault(struct vm_fault *vmf)
+{
+	struct page *counter = vmf->vma->vm_private_data;
+
+	get_page(counter);
+	vmf->page = counter;
+	return 0;
+}
+
+static const struct vm_operations_struct ummunotify_counter_vm_ops = {
+	.fault	= ummunotify_counter_fault,
+};
+
+static int ummunotify_counter_release(struct inode *inode, struct file *file)
+{
+	put_page(file->private_data);
+	return 0;
+}
+
+static const struct file_operations ummunotify_counter_fops = {
+	.owner		= THIS_MODULE,
+	.release	= ummunotify_counter_release,
+};
+
+/*
+ * The mapping holds a file of its own, which holds the page.  Did it hold the
+ * device's file, close() would leave everything running behind it, instead of
+ * raising the counter for the last time.
+ */
+static int ummunotify_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct ummunotify_ctx *ctx = file->private_data;
+	struct file *counter_file;
+
+	if (vma->vm_pgoff != 0 || vma->vm_end - vma->vm_start != PAGE_SIZE)
+		return -EINVAL;
+	if (vma->vm_flags & VM_WRITE)
+		return -EACCES;
+
+	counter_file = anon_inode_getfile("[ummunotify]",
+					  &ummunotify_counter_fops,
+					  ctx->counter, O_RDONLY);
+	if (IS_ERR(counter_file))
+		return PTR_ERR(counter_file);
+	get_page(ctx->counter);
+
+	vma_set_file(vma, counter_file);
+	fput(counter_file);
+	ummunotify_vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE);
+	vma->vm_private_data = ctx->counter;
+	vma->vm_ops = &ummunotify_counter_vm_ops;
+	return 0;
+}
+
+/* open() and close() */
+
+static int ummunotify_open(struct inode *inode, struct file *file)
+{
+	struct ummunotify_ctx *ctx;
+	int ret = -ENOMEM;
+
+	if (file->f_mode & FMODE_WRITE || !current->mm)
+		return -EINVAL;
+
+	ctx = kzalloc(sizeof(*ctx), GFP_KERNEL_ACCOUNT);
+	if (!ctx)
+		return -ENOMEM;
+	ctx->counter = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+	if (!ctx->counter)
+		goto err_free;
+
+	raw_spin_lock_init(&ctx->lock);
+	ctx->ranges = RB_ROOT_CACHED;
+	ctx->cookies = RB_ROOT_CACHED;
+	ummunotify_update_bounds(ctx);
+	INIT_LIST_HEAD(&ctx->pending);
+	ctx->told_generation = U64_MAX;
+	mutex_init(&ctx->read_lock);
+	init_waitqueue_head(&ctx->wait);
+	init_irq_work(&ctx->wake_work, ummunotify_wake_work);
+
+	ctx->notifier.ops = &ummunotify_mmu_notifier_ops;
+	ret = mmu_notifier_register(&ctx->notifier, current->mm);
+	if (ret)
+		goto err_put_page;
+
+	file->private_data = ctx;
+	return stream_open(inode, file);
+
+err_put_page:
+	put_page(ctx->counter);
+err_free:
+	kfree(ctx);
+	/* A signal stopped the wait for the address space's locks. */
+	return ret == -EINTR ? -ERESTARTSYS : ret;
+}
+
+static int ummunotify_release(struct inode *inode, struct file *file)
+{
+	struct ummunotify_ctx *ctx = file->private_data;
+	struct ummunotify_region *region, *next;
+	unsigned int freed = 0;
+
+	raw_spin_lock(&ctx->lock);
+	ctx->closing = true;
+	raw_spin_unlock(&ctx->lock);
+	mmu_notifier_unregister(&ctx->notifier, ctx->notifier.mm);
+	irq_work_sync(&ctx->wake_work);
+
+	/* Nobody else is left.  A mapping of the page now reads "changed". */
+	ummunotify_raise_generation(ctx);
+	rbtree_postorder_for_each_entry_safe(region, next,
+					     &ctx->cookies.rb_root,
+					     cookie_node) {
+		kmem_cache_free(ummunotify_region_cache, region);
+		if (++freed % 1024 == 0)
+			cond_resched();
+	}
+	put_page(ctx->counter);
+	kfree(ctx);
+	return 0;
+}
+
+static const struct file_operations ummunotify_fops = {
+	.owner		= THIS_MODULE,
+	.open		= ummunotify_open,
+	.release	= ummunotify_release,
+	.read		= ummunotify_read,
+	.poll		= ummunotify_poll,
+	.fasync		= ummunotify_fasync,
+	.unlocked_ioctl	= ummunotify_ioctl,
+	.compat_ioctl	= compat_ptr_ioctl,
+	.mmap		= ummunotify_mmap,
+};
+
+static struct miscdevice ummunotify_misc = {
+	.minor	= MISC_DYNAMIC_MINOR,
+	.name	= "ummunotify",
+	.fops	= &ummunotify_fops,
+};
+
+static int __init ummunotify_init(void)
+{
+	int ret;
+
+	ummunotify_region_cache = KMEM_CACHE(ummunotify_region, SLAB_ACCOUNT);
+	if (!ummunotify_region_cache)
+		return -ENOMEM;
+
+	ret = misc_register(&ummunotify_misc);
+	if (ret)
+		kmem_cache_destroy(ummunotify_region_cache);
+	return ret;
+}
+
+static void __exit ummunotify_exit(void)
+{
+	misc_deregister(&ummunotify_misc);
+	kmem_cache_destroy(ummunotify_region_cache);
+}
+
+module_init(ummunotify_init);
+module_exit(ummunotify_exit);
+
+MODULE_AUTHOR("The aioummu authors");
+MODULE_DESCRIPTION("MMU notifications for user space");
+MODULE_LICENSE("GPL");
+MODULE_VERSION("0.1.0");

@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What differs between the kernels that ummunotify is built for, 5.10 and
+ * later.  The driver itself knows no kernel version.
+ */
+#ifndef _UMMUNOTIFY_COMPAT_H
+#define _UMMUNOTIFY_COMPAT_H
+
+#include <linux/file.h>
+#include <linux/mm.h>
+#include <linux/version.h>
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(5, 10, 0)
+#error "ummunotify needs Linux 5.10 or later"
+#endif
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(5, 11, 0)
+static inline void vma_set_file(struct vm_area_struct *vma, struct file *file)
+{
+	get_file(file);
+	swap(vma->vm_file, file);
+	fput(file);
+}
+#endif
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
+/* A distribution may have these two already: hence names of our own. */
+static inline void ummunotify_vm_flags_mod(struct vm_area_struct *vma,
+					   unsigned long set,
+					   unsigned long clear)
+{
+	vma->vm_flags = (vma->vm_flags | set) & ~clear;
+}
+#else
+static inline void ummunotify_vm_flags_mod(struct vm_area_struct *vma,
+					   vm_flags_t set, vm_flags_t clear)
+{
+	vm_flags_mod(vma, set, clear);
+}
+#endif
+
+#endif /* _UMMUNOTIFY_COMPAT_H */
