@@ -1,0 +1,85 @@
+#!/bin/bash
+# SPDX-License-Identifier: MIT
+#
+# What runs inside the guest, as root, started by tools/guest.py: prepare the
+# copy-on-write view, load the module, run the command, unload the module.
+#
+# $1 is the scratch folder, the only place whose changes reach the host:
+#   session.env  in:  the variables below, quoted for the shell
+#   command.sh   in:  the command, quoted for the shell
+#   phases       out: one "name value" line for each phase that came to its end
+#
+# Everything that matters is a line in `phases`, so a guest that panics half-way
+# is told apart from a command that failed.
+
+scratch=$1
+# shellcheck source=/dev/null
+. "$scratch/session.env" # cwd user module rule pythons
+
+# A port of its own for what the command says on stderr: virtme-ng sends its own
+# stderr port to the same place as the kernel's console, which is kept as a log.
+for port in /sys/class/virtio-ports/*; do
+	if [ "$(cat "$port/name" 2>/dev/null)" = aioummu.stderr ]; then
+		exec 2>"/dev/${port##*/}"
+	fi
+done
+
+log() { echo "<6>aioummu-guest: $*" >/dev/kmsg; }
+phase() { echo "$*" >>"$scratch/phases"; log "$*"; }
+
+# The overlay's root comes without the sticky, world-writable mode of /tmp.
+chmod 1777 /tmp
+# An unprivileged user has to reach the interpreter, even below a private home.
+while [ -n "$pythons" ] && [ "$pythons" != / ]; do
+	[ -x "$pythons" ] && chmod o+x "$pythons" 2>/dev/null
+	pythons=$(dirname "$pythons")
+done
+ip link set lo up 2>/dev/null
+
+phase up "$(cut -d' ' -f1 /proc/uptime)"
+
+if [ -n "$module" ]; then
+	udev=
+	if [ -n "$rule" ] && [ -S /run/udev/control ]; then
+		# The real thing where udevd is there ...
+		mkdir -p /run/udev/rules.d
+		cp "$rule" /run/udev/rules.d/ && udevadm control --reload && udev=yes
+	fi
+	insmod "$module" 2>"$scratch/insmod.err"
+	rc=$?
+	cat "$scratch/insmod.err" >&2
+	phase insmod $rc
+	[ $rc -eq 0 ] || exit 1
+	if [ -n "$udev" ]; then
+		udevadm settle --timeout=60
+	elif [ -n "$rule" ]; then
+		# ... and otherwise at least the mode that it gives.
+		name=$(sed -n 's/^KERNEL=="\([^"]*\)".*/\1/p' "$rule")
+		mode=$(sed -n 's/.*MODE="\([0-7]*\)".*/\1/p' "$rule")
+		[ -e "/dev/$name" ] && [ -n "$mode" ] && chmod "$mode" "/dev/$name"
+	fi
+fi
+
+cd "$cwd" || exit 1
+if [ -n "$user" ]; then
+	setpriv --reuid="$user" --regid="$(id -g "$user")" --clear-groups \
+		env HOME=/tmp bash "$scratch/command.sh" </dev/null
+else
+	bash "$scratch/command.sh" </dev/null
+fi
+phase exit $?
+cd /
+
+if [ -n "$module" ]; then
+	name=$(basename "$module" .ko)
+	# A test that leaves a process behind with the device open is a failure too.
+	timeout 60 rmmod "$name" 2>"$scratch/rmmod.err"
+	rc=$?
+	cat "$scratch/rmmod.err" >&2
+	if [ $rc -eq 0 ] && { [ -e "/sys/module/$name" ] || grep -q "^$name" /proc/slabinfo; }; then
+		echo "rmmod: $name or one of its slab caches is still there" >&2
+		rc=1
+	fi
+	phase rmmod $rc
+fi
+phase "done" 0

@@ -1,0 +1,1217 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Boot a real Debian kernel, run a command in it, and bring back what happened.
+
+The driver can't be tested on the machine that develops it: a bug takes the
+machine down, and four kernel series are to be tested.  So each kernel is unpacked
+from Debian's own packages into ``.cache/guest/`` (nothing is installed, nothing
+touches /boot), the module is built against its headers, and virtme-ng boots it on
+a copy-on-write view of this very file system: the project, its virtual environment
+and the compiler's output are all there, at the same paths.
+
+    guest.py setup                          what this machine lacks (apt, as root)
+    guest.py fetch 6.1 6.12                 kernels into the cache
+    guest.py build 6.12                     the module, against that kernel
+    guest.py run 6.12 --module -- CMD ...   boot, insmod, CMD, rmmod, read the log
+    guest.py pytest 6.1 6.12 -- ARGS        the same with pytest and its junit.xml
+
+The exit status of ``run`` and ``pytest`` is that of the command, or
+
+    96  something that the harness needs is missing (the message names it)
+    97  the module did not build, load or unload
+    98  the guest died or was killed at its time limit
+    99  the kernel's log has a complaint, whatever the command said
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+PROJECT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("AIOUMMU_GUEST_CACHE", PROJECT / ".cache" / "guest"))
+SESSION = Path(__file__).resolve().parent / "guest-session.sh"
+
+EXIT_MISSING = 96
+EXIT_MODULE = 97
+EXIT_DIED = 98
+EXIT_LOG = 99
+
+# --------------------------------------------------------------------------
+# What can be missing, and how to say it
+# --------------------------------------------------------------------------
+
+
+class HarnessError(Exception):
+    """The run can't go on.  The message is all that the user gets to see."""
+
+    status = 1
+
+
+class MissingError(HarnessError):
+    """Something has to be installed, freed or connected first."""
+
+    status = EXIT_MISSING
+
+
+class ModuleError(HarnessError):
+    """The module did not build."""
+
+    status = EXIT_MODULE
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A program that the harness starts, and the package that brings it."""
+
+    program: str
+    package: str
+    task: str
+
+
+TOOLS = (
+    Tool("apt-get", "apt", "fetch"),
+    Tool("dpkg", "dpkg", "fetch"),
+    Tool("depmod", "kmod", "fetch"),
+    Tool("make", "make", "build"),
+    Tool("gcc", "gcc", "build"),
+    Tool("qemu-system-x86_64", "qemu-system-x86", "run"),
+    Tool("modprobe", "kmod", "run"),
+    # virtme-ng packs it into its little initramfs, and asks `file` if it is static.
+    Tool("busybox", "busybox-static", "run"),
+    Tool("file", "file", "run"),
+    Tool("setpriv", "util-linux", "run"),
+    Tool("ip", "iproute2", "run"),
+)
+
+# Without a program to look for: objtool of the kernel's build needs the library,
+# and udevd applies our udev rule in the guest.
+SETUP_ALSO = ("libelf1", "libc6-dev", "udev", "xz-utils")
+
+
+def find_program(name: str) -> str | None:
+    """Find a program, also in the system's folders that a user's PATH leaves out."""
+    path = os.environ.get("PATH", os.defpath)
+    return shutil.which(name, path=f"{path}:/usr/sbin:/sbin")
+
+
+def missing_message(packages: Sequence[str], others: Sequence[str] = ()) -> str:
+    """One message for everything that is missing, with the commands that bring it."""
+    lines = []
+    if packages:
+        names = " ".join(sorted(set(packages)))
+        lines.append(f"missing Debian packages: {names}")
+        lines.append(f"  run: sudo apt-get install --no-install-recommends {names}")
+        lines.append(f"  or:  sudo {sys.executable} {Path(__file__).name} setup")
+    lines.extend(others)
+    return "\n".join(lines)
+
+
+def require(task: str) -> None:
+    """Refuse to start a task that would fail for want of a program."""
+    lacking = [t.package for t in TOOLS if t.task == task and find_program(t.program) is None]
+    others = []
+    if task == "run" and find_virtme() is None:
+        others.append(
+            "missing virtme-ng, which boots the guest\n"
+            f"  run: {sys.executable} -m pip install virtme-ng"
+        )
+    if lacking or others:
+        raise MissingError(missing_message(lacking, others))
+
+
+def require_space(folder: Path, megabytes: int) -> None:
+    """Refuse to start filling a disk that has no room for the result."""
+    free = shutil.disk_usage(folder).free // 2**20
+    if free < megabytes:
+        raise MissingError(
+            f"not enough disk space: {megabytes} MB wanted below {folder}, {free} MB free"
+        )
+
+
+# --------------------------------------------------------------------------
+# Small things
+# --------------------------------------------------------------------------
+
+
+class Progress:
+    """Lines for whoever waits: what happens now, and how long it took."""
+
+    def __init__(self, label: str) -> None:
+        self._prefix = f"[guest {label}]"
+        self._start = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this object was made."""
+        return time.monotonic() - self._start
+
+    def say(self, text: str) -> None:
+        """Print one line at once."""
+        print(f"{self._prefix} {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Keep a second harness on this project from writing the same folder."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}.lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder that may be absent."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def give_back(path: Path) -> None:
+    """Hand files made as root to whoever owns the project.
+
+    ``sudo make test`` is how a fresh machine is tested; what it leaves in the
+    project must not need root to be removed.
+    """
+    owner = PROJECT.stat()
+    if os.geteuid() != 0 or owner.st_uid == 0 or not path.exists():
+        return
+    os.lchown(path, owner.st_uid, owner.st_gid)
+    for folder, folders, files in os.walk(path):
+        for name in folders + files:
+            os.lchown(os.path.join(folder, name), owner.st_uid, owner.st_gid)
+
+
+# --------------------------------------------------------------------------
+# Kernels: which there are, and where Debian keeps them
+# --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Series:
+    """A kernel series that is tested, and the Debian release that carries it."""
+
+    name: str
+    release: str
+    security: bool
+    image: str
+    headers: str
+    sandbox: bool = False
+    """Build in an unpacked toolchain of that release: ours is too old for it."""
+
+
+SERIES = {
+    series.name: series
+    for series in (
+        Series("5.10", "bullseye", True, "linux-image-amd64", "linux-headers-amd64"),
+        Series("6.1", "bookworm", True, "linux-image-amd64", "linux-headers-amd64"),
+        Series("6.12", "bookworm", True, "linux-image-6.12-amd64", "linux-headers-6.12-amd64"),
+        Series("newest", "sid", False, "linux-image-amd64", "linux-headers-amd64", sandbox=True),
+    )
+}
+
+# What `make` and gcc of a sandbox need besides what the header package depends on.
+SANDBOX_PACKAGES = (
+    "base-files bash binutils coreutils dash diffutils findutils gawk gcc grep libc-bin make sed"
+).split()
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An unpacked kernel.  Paths are relative to its folder, which can be moved."""
+
+    series: str
+    release: str
+    version: str
+    image: str
+    kdir: str
+    sandbox: str
+
+    @property
+    def home(self) -> Path:
+        """The folder of this kernel in the cache."""
+        return CACHE / "kernels" / self.series
+
+
+def series_named(name: str) -> Series:
+    """Look a series up, with a message that names those there are."""
+    try:
+        return SERIES[name]
+    except KeyError:
+        raise HarnessError(f"no kernel {name!r}: there are {', '.join(SERIES)}") from None
+
+
+def parse_targets(text: str, codename: str) -> tuple[str, str]:
+    """Find the archive and the security archive in `apt-get indextargets` output.
+
+    The mirror is whichever this machine was told to use; so no address needs to be
+    written in any file of the project.
+    """
+    targets = dict(reversed([line.split("|", 1) for line in text.splitlines() if "|" in line]))
+    main = targets.get(codename)
+    if main is None:
+        raise MissingError(
+            f"this machine's apt sources have no Debian archive for {codename!r}: the kernels\n"
+            "to test on are Debian's; add the archive to /etc/apt/sources.list.d"
+        )
+    security = targets.get(f"{codename}-security")
+    if security is None:
+        security = re.sub(r"/debian/?$", "/debian-security/", main)
+    return main, security
+
+
+def apt_sources(series: Series, main: str, security: str) -> str:
+    """The one-line sources of one Debian release."""
+    options = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
+    lines = [f"deb {options}{main} {series.release} main"]
+    if series.security:
+        lines.append(f"deb {options}{security} {series.release}-security main")
+    return "\n".join(lines) + "\n"
+
+
+def linux_dependencies(field: str, kinds: str) -> list[str]:
+    """Pick the kernel's own packages from a Depends field, first alternatives only.
+
+    The rest (initramfs-tools, compilers, linux-base) serves an installation, and
+    nothing is installed.
+    """
+    names = []
+    for entry in field.split(","):
+        name = entry.split("|")[0].split("(")[0].strip()
+        if re.match(rf"linux-(?:{kinds})-\d", name):
+            names.append(name)
+    return names
+
+
+class Apt:
+    """apt with a configuration of its own: another release, no root, no traces."""
+
+    def __init__(self, series: Series) -> None:
+        self.folder = CACHE / "apt" / series.release
+        self.series = series
+
+    def options(self) -> list[str]:
+        """The options that turn apt away from the machine's own state."""
+        settings = {
+            "Dir::Etc::sourcelist": self.folder / "sources.list",
+            "Dir::Etc::sourceparts": "/dev/null",
+            "Dir::Etc::preferences": "/dev/null",
+            "Dir::Etc::preferencesparts": "/dev/null",
+            "Dir::State": self.folder / "state",
+            "Dir::State::status": self.folder / "status",
+            "Dir::Cache": self.folder / "cache",
+            # Old releases and frozen mirrors are past their date, and signed still.
+            "Acquire::Check-Valid-Until": "false",
+            "Acquire::Languages": "none",
+            "Acquire::Retries": "3",
+            "APT::Architecture": "amd64",
+            "APT::Architectures": "amd64",
+            "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
+        }
+        return [f"-o{name}={value}" for name, value in settings.items()]
+
+    def call(self, program: str, *arguments: str, cwd: Path | None = None) -> str:
+        """Run an apt program; what it complains of ends the run."""
+        result = subprocess.run(
+            [program, *self.options(), *arguments],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+        )
+        if result.returncode != 0:
+            raise MissingError(
+                f"{program} {arguments[0]} for Debian {self.series.release} failed: no network, or "
+                "this machine's mirror does not carry that release\n" + result.stderr.strip()
+            )
+        return result.stdout
+
+    def update(self) -> None:
+        """Fetch the package lists of the release."""
+        os_release = Path("/etc/os-release").read_text(encoding="utf-8")
+        codename = re.search(r"^VERSION_CODENAME=\"?([a-z]+)", os_release, re.M)
+        targets = subprocess.run(
+            ["apt-get", "indextargets", "--format=$(RELEASE)|$(REPO_URI)", "Created-By: Packages"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        main, security = parse_targets(targets.stdout, codename.group(1) if codename else "")
+        (self.folder / "state" / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+        (self.folder / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+        (self.folder / "status").touch()
+        sources = apt_sources(self.series, main, security)
+        (self.folder / "sources.list").write_text(sources, encoding="utf-8")
+        self.call("apt-get", "update", "-oAPT::Update::Error-Mode=any")
+
+    def show(self, package: str) -> tuple[str, str]:
+        """The version and the dependencies of the candidate of a package."""
+        text = self.call("apt-cache", "show", "--no-all-versions", package)
+        fields = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", text, re.M))
+        return fields["Version"], fields.get("Depends", "")
+
+    def closure(self, package: str, kinds: str) -> list[str]:
+        """The kernel packages that a metapackage stands for."""
+        found: list[str] = []
+        queue = [package]
+        while queue:
+            _, depends = self.show(queue.pop())
+            for name in linux_dependencies(depends, kinds):
+                if name not in found:
+                    found.append(name)
+                    queue.append(name)
+        if not found:
+            raise HarnessError(f"{package} of Debian {self.series.release} names no kernel package")
+        return found
+
+    def download(self, packages: Sequence[str], folder: Path) -> list[Path]:
+        """Download these packages, and only these."""
+        folder.mkdir(parents=True)
+        self.call("apt-get", "download", *packages, cwd=folder)
+        return sorted(folder.glob("*.deb"))
+
+    def download_with_dependencies(self, packages: Sequence[str], folder: Path) -> list[Path]:
+        """Download packages and everything that they depend on."""
+        (folder / "partial").mkdir(parents=True)
+        self.call(
+            "apt-get",
+            "install",
+            "--yes",
+            "--no-install-recommends",
+            "--download-only",
+            f"-oDir::Cache::archives={folder}",
+            *packages,
+        )
+        return sorted(folder.glob("*.deb"))
+
+
+def unpack(packages: Sequence[Path], root: Path) -> None:
+    """Unpack packages without installing them: no root, no maintainer scripts."""
+    root.mkdir(exist_ok=True)
+    # base-files first: it has /bin, /lib and their like as links into /usr.
+    for package in sorted(packages, key=lambda path: not path.name.startswith("base-files_")):
+        subprocess.run(["dpkg", "-x", str(package), str(root)], check=True)
+
+
+def make_relocatable(root: Path, release: str) -> Path:
+    """Let Debian's headers build modules from where they were unpacked.
+
+    They expect to be at /usr/src: the Makefile of the flavour includes the common
+    one by its absolute path, and so do the links beside the modules.  Returns the
+    KDIR.
+    """
+    source = root / "usr" / "src"
+    kdir = source / f"linux-headers-{release}"
+    makefile = kdir / "Makefile"
+    text = makefile.read_text(encoding="utf-8")
+    here = "$(dir $(realpath $(lastword $(MAKEFILE_LIST))))../"
+    makefile.write_text(
+        re.sub(r"(?m)^include /usr/src/", f"include {here}", text), encoding="utf-8"
+    )
+    for folder in source.iterdir():
+        for entry in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+            if entry.is_symlink() and os.readlink(entry).startswith("/usr/"):
+                target = root / os.readlink(entry).lstrip("/")
+                entry.unlink()
+                entry.symlink_to(os.path.relpath(target, folder))
+    return kdir
+
+
+def load_kernel(name: str) -> Kernel | None:
+    """The unpacked kernel of a series, if there is one."""
+    series_named(name)
+    try:
+        text = (CACHE / "kernels" / name / "kernel.json").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return Kernel(**json.loads(text))
+
+
+def fetch(name: str, refresh: bool = False) -> Kernel:
+    """Unpack a kernel into the cache, unless it is there already."""
+    series = series_named(name)
+    kernel = load_kernel(name)
+    if kernel is not None and not refresh:
+        return kernel
+    require("fetch")
+    progress = Progress(name)
+    with locked("fetch"):
+        kernel = load_kernel(name)
+        if kernel is not None and not refresh:
+            return kernel
+        require_space(CACHE, 2500 if series.sandbox else 1200)
+        kernels = CACHE / "kernels"
+        kernels.mkdir(exist_ok=True)
+        # What an interrupted run left behind; nobody else can be here.
+        for leftover in kernels.glob(".*"):
+            remove_tree(leftover)
+        folder = kernels / f".{name}"
+        folder.mkdir()
+        try:
+            kernel = unpack_kernel(series, folder, progress)
+            (folder / "kernel.json").write_text(json.dumps(asdict(kernel)), encoding="utf-8")
+            remove_tree(kernels / name)
+            folder.rename(kernels / name)
+        finally:
+            remove_tree(folder)
+        give_back(CACHE / "apt")
+        give_back(kernel.home)
+    progress.say(f"Linux {kernel.release} ({kernel.version}) unpacked in {progress.elapsed:.0f} s")
+    return kernel
+
+
+def unpack_kernel(series: Series, folder: Path, progress: Progress) -> Kernel:
+    """Download and unpack one kernel into a folder that is renamed afterwards."""
+    apt = Apt(series)
+    progress.say(f"package lists of Debian {series.release} ...")
+    apt.update()
+    images = apt.closure(series.image, "image|binary|modules")
+    headers = apt.closure(series.headers, "headers|kbuild")
+    version, _ = apt.show(images[0])
+    progress.say(f"downloading {images[0]} ({version}) and its headers ...")
+    root = folder / "root"
+    debs = folder / "debs"
+    unpack(apt.download(images if series.sandbox else images + headers, debs), root)
+    remove_tree(debs)
+    if series.sandbox:
+        progress.say(f"downloading the compiler of Debian {series.release} ...")
+        toolchain = [*headers, *SANDBOX_PACKAGES]
+        unpack(apt.download_with_dependencies(toolchain, debs), folder / "sandbox")
+        remove_tree(debs)
+        prepare_sandbox(folder / "sandbox")
+    if not (root / "lib").exists():
+        (root / "lib").symlink_to("usr/lib")
+    (release,) = (path.name for path in (root / "lib" / "modules").iterdir())
+    for link in ("build", "source"):
+        (root / "lib" / "modules" / release / link).unlink(missing_ok=True)
+    kdir = make_relocatable(folder / "sandbox" if series.sandbox else root, release)
+    depmod = find_program("depmod") or "depmod"
+    subprocess.run([depmod, "-b", str(root), release], check=True)
+    image = root / "boot" / f"vmlinuz-{release}"
+    if not image.exists():
+        image = root / "lib" / "modules" / release / "vmlinuz"
+    return Kernel(
+        series=series.name,
+        release=release,
+        version=version,
+        image=str(image.relative_to(folder)),
+        kdir=str(kdir.relative_to(folder)),
+        sandbox="sandbox" if series.sandbox else "",
+    )
+
+
+def prepare_sandbox(root: Path) -> None:
+    """Do the little that maintainer scripts would have done for a compiler."""
+    for name in ("dev", "build", "tmp", "proc"):
+        (root / name).mkdir(exist_ok=True)
+    for link, target in (("awk", "gawk"), ("sh", "dash")):
+        if not (root / "usr" / "bin" / link).exists():
+            (root / "usr" / "bin" / link).symlink_to(target)
+
+
+# --------------------------------------------------------------------------
+# Building the module
+# --------------------------------------------------------------------------
+
+
+def source_digest(source: Path, arguments: Sequence[str]) -> str:
+    """A digest of everything that a build depends on, to know a fresh module."""
+    digest = hashlib.sha256(json.dumps([str(a) for a in arguments]).encode())
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            digest.update(str(path.relative_to(source)).encode() + b"\0")
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def ignore_outputs(folder: str, names: list[str]) -> set[str]:
+    """Leave out what somebody's own build made: a copy is always built from scratch."""
+    endings = (".o", ".ko", ".mod", ".mod.c", ".cmd", ".o.d")
+    others = ("Module.symvers", "modules.order", "__pycache__", ".tmp_versions")
+    return {name for name in names if name.endswith(endings) or name in others}
+
+
+def compiler_arguments(kernel: Kernel) -> list[str]:
+    """CC=gcc where this machine has not the very compiler that built the kernel."""
+    if kernel.sandbox:
+        return []
+    variables = (kernel.home / kernel.kdir / ".kernelvariables").read_text(encoding="utf-8")
+    wanted = re.search(r"^CC\s*=.*?(gcc-\d+)\s*$", variables, re.M)
+    if wanted and find_program(wanted.group(1)):
+        return []
+    return ["CC=gcc"]
+
+
+def build_command(kernel: Kernel, copy: Path, arguments: Sequence[str]) -> list[str]:
+    """The command that builds the module in its copy."""
+    if not kernel.sandbox:
+        kdir = kernel.home / kernel.kdir
+        make = ["make", "-C", str(copy), f"KDIR={kdir}"]
+        return [*make, *compiler_arguments(kernel), *arguments]
+    # A mount namespace of its own: nothing of it is seen outside, and without root
+    # a user namespace gives the right to make it.
+    root = kernel.home / kernel.sandbox
+    kdir_inside = "/" + str(Path(kernel.kdir).relative_to(kernel.sandbox))
+    inside = ["make", "-C", "/build", f"KDIR={kdir_inside}", *arguments]
+    script = (
+        'mount --rbind /dev "$1/dev" && mount --bind "$2" "$1/build" && '
+        'root=$1 && shift 2 && exec chroot "$root" /usr/bin/env -i '
+        'PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@"'
+    )
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    head = ["unshare", *user, "--mount", "--propagation=private", "sh", "-c", script]
+    return [*head, "sandbox", str(root), str(copy), *inside]
+
+
+def build(
+    name: str,
+    source: Path = PROJECT / "kmod",
+    arguments: Sequence[str] = (),
+    strict: bool = False,
+) -> Path:
+    """Build the module against a kernel, in a copy of its own, and return the .ko.
+
+    Kernels would step on each other's objects in kmod/ itself.  Nothing is done if
+    the module of just these sources is there.
+    """
+    kernel = fetch(name)
+    require("build")
+    if not (source / "Makefile").exists():
+        raise ModuleError(f"no module source in {source}")
+    progress = Progress(name)
+    folder = CACHE / "build" / name
+    with locked(f"build-{name}"):
+        copy = folder / "kmod"
+        stamp = folder / "stamp"
+        fresh = folder / "fresh"
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_tree(fresh)
+        shutil.copytree(source, fresh, ignore=ignore_outputs)
+        digest = source_digest(fresh, [kernel.version, str(kernel.home), *arguments])
+        known = stamp.read_text(encoding="utf-8").split() if stamp.exists() else []
+        if known[:1] == [digest] and (strict is False or known[1:] == ["0"]):
+            remove_tree(fresh)
+            return only_module(copy)
+        stamp.unlink(missing_ok=True)
+        remove_tree(copy)
+        fresh.rename(copy)
+        warnings = 0
+        environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+        with subprocess.Popen(
+            build_command(kernel, copy, arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**environment, "LC_ALL": "C"},
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                warnings += bool(re.search(r"\bwarning:|^WARNING: ", line, re.I))
+                sys.stderr.write(line)
+        give_back(folder)
+        if process.returncode != 0:
+            raise ModuleError(f"the module does not build against Linux {kernel.release}")
+        module = only_module(copy)
+        stamp.write_text(f"{digest} {warnings}\n", encoding="utf-8")
+        give_back(folder)
+    progress.say(
+        f"module built against {kernel.release} in {progress.elapsed:.0f} s, {warnings} warnings"
+    )
+    if strict and warnings:
+        raise ModuleError(f"{warnings} warnings in the build against Linux {kernel.release}")
+    return module
+
+
+def only_module(folder: Path) -> Path:
+    """The one .ko of a build."""
+    modules = sorted(folder.glob("*.ko"))
+    if len(modules) != 1:
+        raise ModuleError(f"expected one module in {folder}, found {len(modules)}")
+    return modules[0]
+
+
+# --------------------------------------------------------------------------
+# Reading the guest's kernel log
+# --------------------------------------------------------------------------
+
+# Under TCG on a busy machine a virtual CPU may not run for tens of seconds, and the
+# kernel's watchdogs would report the machine, not the driver.  Rather than overlook
+# their reports, which would hide a real lock-up, their limits are raised (below, in
+# kernel_options) until only a lock-up can reach them.
+COMPLAINTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"\bBUG[: ]",  # also slab's "BUG name (Tainted): Objects remaining"
+        r"\bWARNING: ",
+        r"-+\[ cut here \]-+",
+        r"\bOops\b",
+        r"\b(KASAN|KCSAN|KFENCE|KMSAN|UBSAN)\b.*:",
+        r"\bgeneral protection fault\b",
+        r"\bblocked for more than \d+ seconds",
+        r"\bKernel panic\b",
+        r"\bsoft lockup\b|\b[Hh]ard LOCKUP\b",
+        r"\brcu\w*:? .*\bstall(s|ed)?\b",
+        r"Objects remaining (in|on) |Slab cache still has objects",
+        r"\bkmem_cache_destroy\b.*\bobjects\b",
+        r"possible (circular|recursive) locking|inconsistent lock state|suspicious RCU usage",
+        r"\brefcount_t: ",
+        r"\bunreferenced object\b",
+        r"\bunable to handle\b.*\b(page fault|NULL pointer)",
+        r"\bbad page\b.*\bstate|\bBad (page state|rss-counter)",
+    )
+)
+
+# What other programs write into the log, and KFENCE's line at boot.
+HARMLESS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"\b(virtme-ng-init|virtme-init|virtme initramfs|aioummu-guest): ",
+        r"\bkfence: initialized\b",
+        r"Command line: ",
+        r"^\S*\s*Unknown kernel command line parameters",
+    )
+)
+
+
+def scan_log(text: str, allow: Sequence[str] = ()) -> list[str]:
+    """The lines of a kernel log that fail a run."""
+    allowed = [re.compile(pattern) for pattern in allow]
+    found = []
+    for line in text.splitlines():
+        line = line.rstrip()
+        if not any(pattern.search(line) for pattern in COMPLAINTS):
+            continue
+        if not any(pattern.search(line) for pattern in (*HARMLESS, *allowed)):
+            found.append(line)
+    return found
+
+
+# --------------------------------------------------------------------------
+# Running a guest
+# --------------------------------------------------------------------------
+
+
+def find_virtme() -> str | None:
+    """virtme-run, beside this interpreter, in the project's environment or on PATH."""
+    for folder in (Path(sys.executable).parent, PROJECT / ".venv" / "bin"):
+        if (folder / "virtme-run").exists():
+            return str(folder / "virtme-run")
+    return shutil.which("virtme-run")
+
+
+def project_python() -> Path:
+    """The interpreter of the project's environment, or else this one."""
+    python = PROJECT / ".venv" / "bin" / "python"
+    return python if python.exists() else Path(sys.executable)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a guest is to be run."""
+
+    cpus: int = min(2, os.cpu_count() or 1)
+    memory: str = "2G"
+    timeout: float = 900.0
+    icount: bool = False
+    user: str = ""
+    environment: Mapping[str, str] | None = None
+    allow: tuple[str, ...] = ()
+    kopts: tuple[str, ...] = ()
+    results: Path | None = None
+
+
+# Hardware that QEMU's machine has and no test needs: a third of the boot would be
+# udev loading the drivers for it.
+UNUSED_DRIVERS = (
+    "aesni_intel,ahci,cryptd,crc32_pclmul,crct10dif_pclmul,evdev,ghash_clmulni_intel,i2c_i801,"
+    "i6300esb,iTCO_wdt,kvm,kvm_amd,kvm_intel,libata,lpc_ich,pcspkr,polyval_clmulni,powernow_k8,"
+    "psmouse,serio_raw,sg,sha1_ssse3,sha256_ssse3,sha512_ssse3,sr_mod"
+)
+
+
+def kernel_options(kvm: bool) -> list[str]:
+    """The command line of the guest: every failure ends it, and is seen."""
+    patience = 60 if kvm else 120
+    return [
+        "loglevel=8",
+        "panic_on_warn=1",
+        "oops=panic",
+        "panic=-1",
+        "sysctl.kernel.hung_task_panic=1",
+        f"sysctl.kernel.hung_task_timeout_secs={patience}",
+        f"sysctl.kernel.watchdog_thresh={patience // 2}",
+        f"rcupdate.rcu_cpu_stall_timeout={patience}",
+        f"module_blacklist={UNUSED_DRIVERS}",
+    ]
+
+
+def overlays() -> list[str]:
+    """Folders that the guest may write to, without the host seeing any of it."""
+    folders = [f"/{name}" for name in ("etc", "home", "opt", "root", "srv", "tmp", "usr", "var")]
+    if not any(PROJECT.is_relative_to(folder) for folder in folders):
+        folders.append(str(PROJECT))
+    return [folder for folder in folders if Path(folder).is_dir()]
+
+
+def virtme_command(
+    kernel: Kernel, options: Options, scratch: Path, kvm: bool, stderr_port: int
+) -> list[str]:
+    """The command that boots the guest."""
+    virtme = find_virtme()
+    assert virtme is not None
+    command = [virtme, "--kimg", str(kernel.home / kernel.image), "--mods=auto"]
+    command += ["--disable-monitor", "--show-boot-console", "--no-dhcp"]
+    command += ["--cpus", "1" if options.icount else str(options.cpus)]
+    command += ["--memory", options.memory]
+    command += [f"--rwdir={scratch}"]
+    command += [f"--overlay-rwdir={folder}" for folder in overlays()]
+    if not kvm:
+        command += ["--disable-kvm", "-q=-machine", "-q=q35,sata=off,smbus=off"]
+    command += ["-q=-nodefaults"]
+    command += ["-q=-chardev", f"-q=file,id=aioummu,path=/proc/self/fd/{stderr_port}"]
+    command += ["-q=-device", "-q=virtserialport,name=aioummu.stderr,chardev=aioummu"]
+    if options.icount:
+        command += ["-q=-icount", "-q=shift=0,sleep=off"]
+    for option in (*kernel_options(kvm), *options.kopts):
+        command += ["--kopt", option]
+    script = f"bash {shlex.quote(str(SESSION))} {shlex.quote(str(scratch))}"
+    return [*command, "--script-sh", script]
+
+
+def kvm_works(kernel: Kernel) -> bool:
+    """Whether KVM boots a guest here; /dev/kvm can open and be useless.
+
+    In a nested machine a guest may die in its first instructions, and QEMU then
+    sits there forever.  So a kernel without a root file system is booted, which
+    panics and ends within two seconds where KVM works.  The answer is kept until
+    this machine boots again.
+    """
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    memory = CACHE / "kvm.json"
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        if known["boot"] == boot:
+            return bool(known["works"])
+    qemu = find_program("qemu-system-x86_64") or "qemu-system-x86_64"
+    command = [qemu, "-accel", "kvm", "-cpu", "host", "-m", "256M", "-nodefaults", "-no-reboot"]
+    command += ["-display", "none", "-serial", "stdio", "-kernel", str(kernel.home / kernel.image)]
+    command += ["-append", "console=ttyS0 panic=-1"]
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False
+        )
+        works = b"Linux version" in result.stdout and b"Kernel panic" in result.stdout
+    except subprocess.TimeoutExpired:
+        works = False
+    memory.write_text(json.dumps({"boot": boot, "works": works}), encoding="utf-8")
+    give_back(memory)
+    return works
+
+
+def parse_phases(text: str) -> dict[str, str]:
+    """What the guest got done: a name and a value a line, the last may be torn."""
+    phases = {}
+    for line in text.splitlines(keepends=True):
+        name, _, value = line.partition(" ")
+        if line.endswith("\n") and value:
+            phases[name] = value.strip()
+    return phases
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run, and why."""
+
+    status: int
+    reasons: tuple[str, ...] = ()
+
+
+def judge(
+    phases: Mapping[str, str],
+    module: bool,
+    complaints: Sequence[str],
+    timed_out: float | None = None,
+) -> Outcome:
+    """Turn what is known of a run into its exit status.
+
+    A complaint of the kernel outweighs everything: that the command failed as well,
+    or that the guest went down with a panic, follows from it.
+    """
+    reasons = []
+    status = int(phases.get("exit", EXIT_DIED))
+    if timed_out is not None:
+        status = EXIT_DIED
+        reasons.append(f"no end within {timed_out:.0f} s: the guest was killed (see --timeout)")
+    elif "up" not in phases:
+        status = EXIT_DIED
+        reasons.append("the guest did not come up")
+    elif module and phases.get("insmod") != "0":
+        status = EXIT_MODULE
+        reasons.append("the module did not load")
+    elif "exit" not in phases:
+        reasons.append("the guest died while the command ran")
+    elif module and "rmmod" not in phases:
+        status = EXIT_DIED
+        reasons.append("the guest died while the module was unloaded")
+    elif module and phases["rmmod"] != "0":
+        status = status or EXIT_MODULE
+        reasons.append("the module could not be unloaded cleanly")
+    if complaints:
+        status = EXIT_LOG
+        reasons.append("the kernel's log has complaints:")
+        reasons.extend(f"    {line}" for line in complaints)
+    return Outcome(status, tuple(reasons))
+
+
+def copy_stream(source: IO[bytes], sinks: Sequence[IO[bytes]]) -> None:
+    """Pass on what arrives, as it arrives."""
+    while data := os.read(source.fileno(), 65536):
+        for sink in sinks:
+            sink.write(data)
+            sink.flush()
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End the guest and what was started with it: its own process group only."""
+    for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def session_variables(options: Options, module: Path | None, rule: Path | None) -> str:
+    """The variables that the session in the guest reads."""
+    variables = {
+        "cwd": str(Path.cwd()),
+        "user": options.user,
+        "module": str(module or ""),
+        "rule": str(rule or ""),
+        "pythons": str(project_python().resolve().parent),
+    }
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
+
+
+def command_script(kernel: Kernel, options: Options, command: Sequence[str], scratch: Path) -> str:
+    """The command with its environment, for bash in the guest."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("PATH", "LANG", "VIRTUAL_ENV", "CI") or name.startswith(("AIOUMMU_", "PYTEST_"))
+    }
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    environment["AIOUMMU_GUEST"] = kernel.series
+    environment["AIOUMMU_GUEST_SCRATCH"] = str(scratch)
+    environment["AIOUMMU_GUEST_KMOD"] = str(CACHE / "build" / kernel.series / "kmod")
+    environment.update(options.environment or {})
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
+
+
+def run(
+    name: str,
+    command: Sequence[str],
+    options: Options,
+    module: bool = False,
+    source: Path = PROJECT / "kmod",
+    bring: Sequence[str] = (),
+) -> int:
+    """Boot a kernel, run a command in it, and judge the outcome.
+
+    ``bring`` names files of the scratch folder that are kept with the results.
+    """
+    require("run")
+    kernel = fetch(name)
+    built = build(name, source) if module else None
+    progress = Progress(name)
+    kvm = not options.icount and kvm_works(kernel)
+    results = options.results or CACHE / "results" / name
+    results.mkdir(parents=True, exist_ok=True)
+    (CACHE / "run").mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=CACHE / "run"))
+    try:
+        scratch.chmod(0o777)
+        (scratch / "host").mkdir()
+        inserted = rule = None
+        if built is not None:
+            inserted = Path(shutil.copy(built, scratch))
+            for path in sorted(source.glob("*.rules"))[:1]:
+                rule = Path(shutil.copy(path, scratch))
+        variables = session_variables(options, inserted, rule)
+        (scratch / "session.env").write_text(variables, encoding="utf-8")
+        text = command_script(kernel, options, command, scratch)
+        (scratch / "command.sh").write_text(text, encoding="utf-8")
+        how = "KVM" if kvm else "TCG, instruction counting" if options.icount else "TCG"
+        progress.say(f"booting Linux {kernel.release} ({how}) ...")
+        timed_out = boot(kernel, options, scratch, kvm, results / "console.log", progress)
+        log = (results / "console.log").read_text(encoding="utf-8", errors="replace")
+        phases_file = scratch / "phases"
+        phases = parse_phases(
+            phases_file.read_text(encoding="utf-8", errors="replace")
+            if phases_file.exists()
+            else ""
+        )
+        outcome = judge(
+            phases, module, scan_log(log, options.allow), options.timeout if timed_out else None
+        )
+        for file in bring:
+            remove_tree(results / file)
+            if (scratch / file).is_dir():
+                shutil.copytree(scratch / file, results / file)
+            elif (scratch / file).exists():
+                shutil.copy(scratch / file, results / file)
+    finally:
+        give_back(results)
+        shutil.rmtree(scratch, ignore_errors=True)
+    for reason in outcome.reasons:
+        progress.say(reason)
+    if outcome.status == EXIT_DIED and not phases:
+        progress.say("the last lines of its console:\n" + "\n".join(log.splitlines()[-15:]))
+    if outcome.reasons:
+        progress.say(f"the whole log is in {results / 'console.log'}")
+    progress.say(f"exit status {outcome.status} after {progress.elapsed:.0f} s")
+    return outcome.status
+
+
+def boot(
+    kernel: Kernel, options: Options, scratch: Path, kvm: bool, log: Path, progress: Progress
+) -> bool:
+    """Run the guest to its end; true if it had to be killed at its time limit."""
+    reader, writer = os.pipe()
+    command = virtme_command(kernel, options, scratch, kvm, writer)
+    environment = dict(os.environ, TMPDIR=str(scratch / "host"))
+    environment["PATH"] = f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+    (CACHE / "last-command").write_text(shlex.join(command) + "\n", encoding="utf-8")
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=(writer,),
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(writer)
+    assert process.stdout is not None and process.stderr is not None
+    with open(log, "wb") as log_file, os.fdopen(reader, "rb") as errors:
+        threads = [
+            threading.Thread(target=copy_stream, args=(source, sinks), daemon=True)
+            for source, sinks in (
+                (process.stdout, [sys.stdout.buffer]),
+                (process.stderr, [log_file]),
+                (errors, [sys.stderr.buffer]),
+            )
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            timed_out = not wait_for(process, scratch, options.timeout, progress)
+        finally:
+            if process.poll() is None:
+                kill_group(process)
+            for thread in threads:
+                thread.join(10)
+    return timed_out
+
+
+def wait_for(
+    process: subprocess.Popen[bytes], scratch: Path, timeout: float, progress: Progress
+) -> bool:
+    """Wait for the end of the guest, telling when it is up; false at the time limit."""
+    deadline = time.monotonic() + timeout
+    up = False
+    while time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+            return True
+        if not up and (scratch / "phases").exists():
+            up = True
+            progress.say(f"up after {progress.elapsed:.0f} s")
+    return False
+
+
+# --------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------
+
+
+def setup() -> None:
+    """Install what the harness needs from Debian, as little as will do."""
+    packages = sorted({tool.package for tool in TOOLS} | set(SETUP_ALSO))
+    query = subprocess.run(
+        ["dpkg-query", "-W", "-f=${Package} ${db:Status-Status}\n", *packages],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    there = {line.split()[0] for line in query.stdout.splitlines() if line.endswith(" installed")}
+    lacking = [name for name in packages if name not in there]
+    if not lacking:
+        return
+    Progress("setup").say("installing " + " ".join(lacking))
+    sudo: list[str] = []
+    if os.geteuid() != 0:
+        if shutil.which("sudo") is None:
+            raise MissingError(missing_message(lacking))
+        sudo = ["sudo"]
+    apt = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-oDPkg::Lock::Timeout=300"]
+    for arguments in (["update", "-q"], ["install", "-qy", "--no-install-recommends", *lacking]):
+        if subprocess.run([*apt, *arguments], stdout=sys.stderr, check=False).returncode != 0:
+            raise MissingError(missing_message(lacking, ["apt-get failed: no network?"]))
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; what follows ``--`` is the guest's."""
+    head = list(arguments)
+    tail: list[str] = []
+    if "--" in head:
+        cut = head.index("--")
+        head, tail = head[:cut], head[cut + 1 :]
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="guest.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="action", required=True)
+    kernels = argparse.ArgumentParser(add_help=False)
+    kernels.add_argument("kernels", nargs="+", metavar="KERNEL", help=", ".join(SERIES))
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--source", type=Path, default=PROJECT / "kmod", help="the module's folder")
+    guest = argparse.ArgumentParser(add_help=False)
+    guest.add_argument("--cpus", type=int, default=Options.cpus)
+    guest.add_argument(
+        "--memory", default=Options.memory, help="as QEMU's -m (default %(default)s)"
+    )
+    guest.add_argument(
+        "--timeout", type=float, default=Options.timeout, help="seconds (default %(default)s)"
+    )
+    guest.add_argument(
+        "--icount",
+        action="store_true",
+        help="deterministic: one CPU whose clock counts instructions (1 ns each)",
+    )
+    guest.add_argument("--user", default="", help="run the command as this user of the guest")
+    guest.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="for the command"
+    )
+    guest.add_argument(
+        "--allow", action="append", default=[], metavar="REGEX", help="log lines to overlook"
+    )
+    guest.add_argument(
+        "--kopt",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="for the kernel's command line",
+    )
+    guest.add_argument("--results", type=Path, help="a folder for the log and what is brought back")
+
+    commands.add_parser("setup", help="install the Debian packages that the harness needs")
+    action = commands.add_parser("fetch", parents=[kernels], help="unpack kernels into the cache")
+    action.add_argument("--refresh", action="store_true", help="even if they are there")
+    commands.add_parser("kdir", parents=[kernels], help="print the KDIR for building modules")
+    action = commands.add_parser("build", parents=[kernels, source], help="build the module")
+    action.add_argument("--strict", action="store_true", help="fail on any warning")
+    action = commands.add_parser("run", parents=[kernels, source, guest], help="run a command")
+    action.add_argument("--module", action="store_true", help="insmod before, rmmod after")
+    action.add_argument(
+        "--bring",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="keep it from the scratch folder",
+    )
+    commands.add_parser("pytest", parents=[kernels, source, guest], help="run pytest")
+    namespace = parser.parse_args(head)
+    namespace.tail = tail
+    if namespace.action == "run" and not tail:
+        parser.error("run wants a command after --")
+    return namespace
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the command line says; the worst status of several kernels wins."""
+    args = parse_arguments(arguments)
+    if args.action == "setup":
+        setup()
+        return 0
+    status = 0
+    for name in args.kernels:
+        series_named(name)
+    for name in args.kernels:
+        if args.action == "fetch":
+            fetch(name, args.refresh)
+        elif args.action == "kdir":
+            kernel = fetch(name)
+            print(kernel.home / kernel.kdir)
+        elif args.action == "build":
+            print(build(name, args.source.resolve(), args.tail, args.strict))
+        else:
+            status = max(status, run_action(name, args))
+    return status
+
+
+def run_action(name: str, args: argparse.Namespace) -> int:
+    """The sub-commands `run` and `pytest`, for one kernel."""
+    options = Options(
+        cpus=args.cpus,
+        memory=args.memory,
+        timeout=args.timeout,
+        icount=args.icount,
+        user=args.user,
+        environment=dict(pair.partition("=")[::2] for pair in args.env),
+        allow=tuple(args.allow),
+        kopts=tuple(args.kopt),
+        results=args.results.resolve() / name if args.results else None,
+    )
+    source = args.source.resolve()
+    if args.action == "run":
+        return run(name, args.tail, options, args.module, source, args.bring)
+    # The scratch folder's name is known only in the guest.
+    command = f'exec {shlex.quote(str(project_python()))} -m pytest "$@" '
+    command += '-p no:cacheprovider --junitxml="$AIOUMMU_GUEST_SCRATCH/junit.xml"'
+    shell = ["bash", "-c", command, "pytest", *args.tail]
+    return run(name, shell, options, True, source, ["junit.xml"])
+
+
+def terminate(_number: int, _frame: object) -> None:
+    """Leave through the clean-up that an exception starts."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except HarnessError as error:
+        print(f"guest.py: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("guest.py: interrupted", file=sys.stderr)
+        sys.exit(130)
