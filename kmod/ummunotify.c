@@ -25,6 +25,10 @@
  * A reader copies reports out first and takes them off the list afterwards
  * (ummunotify_peek(), ummunotify_commit()), so a read() that fails loses
  * nothing.  ctx->read_lock keeps readers apart; no notifier takes it.
+ *
+ * An invalidation reports at its start, before the first page goes away, and at
+ * its end to those regions that are not pending (any more), which nobody could
+ * know to be stale.  See ummunotify_invalidate_range_end().
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -52,7 +56,7 @@
 
 #include "ummunotify_compat.h"
 
-/* Records that a read() moves per hold of the lock; they live on its stack. */
+/* Records that a read() moves per hold of the lock. */
 #define UMMUNOTIFY_READ_BATCH	16
 
 /*
@@ -60,6 +64,14 @@
  * ummunotify_walk() for why this should exceed the number of CPUs.
  */
 #define UMMUNOTIFY_WALK_BATCH	64
+
+/*
+ * Unregistered regions are kept for the next registrations, up to this number
+ * and a share of what is registered: a cache that evicts and registers in turn
+ * never calls the allocator, whose price for a free at random is high.
+ */
+#define UMMUNOTIFY_SPARES	64
+#define UMMUNOTIFY_SPARES_SHARE	8
 
 static unsigned int max_regions = 1U << 20;
 module_param(max_regions, uint, 0644);
@@ -89,7 +101,7 @@ static struct kmem_cache *ummunotify_region_cache;
  * @subtree_last:	highest @last in the subtree below @range_node
  * @cookie_node:	node in the ctx's cookies
  * @cookie:	user space's name of the region
- * @pending:	entry in the ctx's list of pending reports
+ * @pending:	entry in the ctx's list of pending reports, or of spares
  * @hint_start:	first invalidated byte, within the region
  * @hint_last:	last invalidated byte, within the region
  * @report:	REPORT_* bits
@@ -116,15 +128,21 @@ struct ummunotify_region {
  * @ranges:	regions by (start, cookie), augmented to find overlaps
  * @cookies:	regions by cookie, downwards: the cached node is the highest
  * @nr_regions:	number of regions
+ * @nr_spares:	number of regions in @spares
+ * @spares:	unregistered regions, for the next registrations
  * @pending:	regions with a report that was not read
+ * @settled_start:	see ummunotify_settle()
+ * @settled_last:	see ummunotify_settle()
  * @generation:	the generation counter; the mapped page repeats it
  * @told_generation:	the generation that the latest LAST told
  * @used:	read() or a registration was tried: too late for features
- * @ended:	the address space is gone
+ * @ended:	the address space is gone: nothing can be registered
+ * @final:	the reports of that are queued: none will follow
  * @closing:	nobody will read any more
  * @last_due:	LAST follows as soon as @pending is empty
  * @counter:	the mapped page
- * @read_lock:	one reader at a time
+ * @read_lock:	one reader at a time; guards @batch
+ * @batch:	records on their way to user space
  * @wait:	sleeping readers and pollers
  * @fasync:	receivers of SIGIO
  * @wake_work:	wakes where the notifier itself must not
@@ -138,16 +156,22 @@ struct ummunotify_ctx {
 	struct rb_root_cached	ranges;
 	struct rb_root_cached	cookies;
 	unsigned int		nr_regions;
+	unsigned int		nr_spares;
+	struct list_head	spares;
 	struct list_head	pending;
+	unsigned long		settled_start;
+	unsigned long		settled_last;
 	u64			generation;
 	u64			told_generation;
 	bool			used;
 	bool			ended;
+	bool			final;
 	bool			closing;
 	bool			last_due;
 
 	struct page		*counter;
 	struct mutex		read_lock; /* one reader at a time */
+	struct ummunotify_event	batch[UMMUNOTIFY_READ_BATCH];
 	wait_queue_head_t	wait;
 	struct fasync_struct	*fasync;
 	struct irq_work		wake_work;
@@ -503,6 +527,31 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 }
 
 /*
+ * A range is settled while all regions that overlap it are pending with reports
+ * that cover it: from the walk that made them so until one of them is read, or
+ * a region registered.  The end of an invalidation has nothing to do then, which
+ * is the normal case, and need not search.  The latest range is remembered.
+ */
+static void ummunotify_settle(struct ummunotify_ctx *ctx, unsigned long start,
+			      unsigned long last)
+{
+	ctx->settled_start = start;
+	ctx->settled_last = last;
+}
+
+static void ummunotify_unsettle(struct ummunotify_ctx *ctx)
+{
+	/* No invalidation has this range. */
+	ummunotify_settle(ctx, ULONG_MAX, 0);
+}
+
+static bool ummunotify_settled(const struct ummunotify_ctx *ctx,
+			       unsigned long start, unsigned long last)
+{
+	return ctx->settled_start == start && ctx->settled_last == last;
+}
+
+/*
  * Report to all regions that overlap, a bounded number per hold of the lock,
  * since the caller may be anybody: reclaim, khugepaged, another process that
  * truncates a shared file.
@@ -518,8 +567,13 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 	struct ummunotify_ctx *ctx = walk->ctx;
 	struct ummunotify_region *region;
 	unsigned int hits = 0;
+	bool settled = true;
 
 	raw_spin_lock(&ctx->lock);
+	if (walk->at_end && ummunotify_settled(ctx, walk->start, walk->last)) {
+		raw_spin_unlock(&ctx->lock);
+		return;
+	}
 	region = ummunotify_first_overlap(ctx, walk->start, walk->last);
 	while (region) {
 		ummunotify_report(walk, region);
@@ -534,6 +588,7 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 			if (walk->may_sleep)
 				cond_resched();
 			hits = 0;
+			settled = false;
 			raw_spin_lock(&ctx->lock);
 			region = ummunotify_overlap_behind(ctx, place_start,
 							   place_cookie,
@@ -541,6 +596,8 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 							   walk->last);
 		}
 	}
+	if (settled)
+		ummunotify_settle(ctx, walk->start, walk->last);
 	raw_spin_unlock(&ctx->lock);
 
 	if (!walk->wake)
@@ -623,6 +680,8 @@ static void ummunotify_mm_release(struct mmu_notifier *notifier,
 		return;
 
 	ummunotify_walk(&walk);
+	/* Pairs with the acquire in ummunotify_read(). */
+	smp_store_release(&ctx->final, true);
 	wake_up_interruptible_poll(&ctx->wait, EPOLLIN | EPOLLRDNORM | EPOLLHUP);
 	kill_fasync(&ctx->fasync, SIGIO, POLL_HUP);
 }
@@ -636,39 +695,41 @@ static const struct mmu_notifier_ops ummunotify_mmu_notifier_ops = {
 /* read() and poll() */
 
 /*
- * Copy up to @room reports, and LAST if the list has no more, without taking
- * them off the list.
+ * Copy up to @room reports to the batch, and LAST if the list has no more,
+ * without taking them off the list.
  *
- * Return: number of records in @events.
+ * Return: number of records.
  */
-static size_t ummunotify_peek(struct ummunotify_ctx *ctx,
-			      struct ummunotify_event *events, size_t room)
+static size_t ummunotify_peek(struct ummunotify_ctx *ctx, size_t room)
 {
+	struct ummunotify_event *event = ctx->batch;
+	struct ummunotify_event *end = event + room;
 	struct ummunotify_region *region;
-	size_t n = 0;
 
 	raw_spin_lock(&ctx->lock);
 	list_for_each_entry(region, &ctx->pending, pending) {
-		if (n == room)
+		if (event == end)
 			goto out;
+		event->type = UMMUNOTIFY_EVENT_TYPE_INVAL;
+		event->flags = region->report & REPORT_HINT ?
+			       UMMUNOTIFY_EVENT_FLAG_HINT : 0;
+		event->hint_start = region->hint_start;
+		event->hint_end = (u64)region->hint_last + 1;
+		event->user_cookie_counter = region->cookie;
+		event++;
 		region->report |= REPORT_PEEKED;
-		events[n++] = (struct ummunotify_event) {
-			.type = UMMUNOTIFY_EVENT_TYPE_INVAL,
-			.flags = region->report & REPORT_HINT ?
-				 UMMUNOTIFY_EVENT_FLAG_HINT : 0,
-			.hint_start = region->hint_start,
-			.hint_end = (u64)region->hint_last + 1,
-			.user_cookie_counter = region->cookie,
-		};
 	}
-	if (n < room && (n || ctx->last_due))
-		events[n++] = (struct ummunotify_event) {
-			.type = UMMUNOTIFY_EVENT_TYPE_LAST,
-			.user_cookie_counter = ctx->generation,
-		};
+	if (event < end && (event > ctx->batch || ctx->last_due)) {
+		event->type = UMMUNOTIFY_EVENT_TYPE_LAST;
+		event->flags = 0;
+		event->hint_start = 0;
+		event->hint_end = 0;
+		event->user_cookie_counter = ctx->generation;
+		event++;
+	}
 out:
 	raw_spin_unlock(&ctx->lock);
-	return n;
+	return event - ctx->batch;
 }
 
 /* Nothing was delivered: the reports stay where they are. */
@@ -689,30 +750,26 @@ static void ummunotify_unpeek(struct ummunotify_ctx *ctx)
  * Take what was delivered off the list.  The reports peeked at are still at its
  * head, but for those of regions that were unregistered meanwhile.
  *
- * Return: number of records that count as delivered: without LAST, if it is not
- * true any more.
+ * Return: number of the @n records that count as delivered: without LAST, if it
+ * is not true any more.
  */
-static size_t ummunotify_commit(struct ummunotify_ctx *ctx,
-				const struct ummunotify_event *events, size_t n)
+static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 {
-	const struct ummunotify_event *final = &events[n - 1];
+	const struct ummunotify_event *final = &ctx->batch[n - 1];
+	struct ummunotify_region *region, *next;
 
 	raw_spin_lock(&ctx->lock);
-	while (!list_empty(&ctx->pending)) {
-		struct ummunotify_region *region =
-			list_first_entry(&ctx->pending,
-					 struct ummunotify_region, pending);
-
+	list_for_each_entry_safe(region, next, &ctx->pending, pending) {
 		if (!(region->report & REPORT_PEEKED))
 			break;
 		if (region->report & REPORT_CHANGED) {
 			region->report &= ~(REPORT_PEEKED | REPORT_CHANGED);
-			list_move_tail(&region->pending, &ctx->pending);
 		} else {
 			region->report = 0;
 			list_del(&region->pending);
 		}
 	}
+	ummunotify_unsettle(ctx);
 
 	ctx->last_due = true;
 	if (final->type == UMMUNOTIFY_EVENT_TYPE_LAST) {
@@ -728,46 +785,68 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx,
 	return n;
 }
 
-/* Return: bytes delivered, 0 if another reader was faster, or an error. */
-static ssize_t ummunotify_deliver(struct ummunotify_ctx *ctx, char __user *buf,
+/* A few stores: less than a string copy takes to start. */
+static int ummunotify_put_batch(const struct ummunotify_ctx *ctx,
+				struct ummunotify_event __user *buf, size_t n)
+{
+	const struct ummunotify_event *event = ctx->batch;
+	const struct ummunotify_event *end = event + n;
+
+	if (!user_write_access_begin(buf, n * sizeof(*buf)))
+		return -EFAULT;
+	for (; event < end; event++, buf++) {
+		unsafe_put_user(event->type, &buf->type, efault);
+		unsafe_put_user(event->flags, &buf->flags, efault);
+		unsafe_put_user(event->hint_start, &buf->hint_start, efault);
+		unsafe_put_user(event->hint_end, &buf->hint_end, efault);
+		unsafe_put_user(event->user_cookie_counter,
+				&buf->user_cookie_counter, efault);
+	}
+	user_write_access_end();
+	return 0;
+
+efault:
+	user_write_access_end();
+	return -EFAULT;
+}
+
+/* Return: number of records delivered, 0 if there are none, or an error. */
+static ssize_t ummunotify_deliver(struct ummunotify_ctx *ctx,
+				  struct ummunotify_event __user *buf,
 				  size_t room)
 {
-	struct ummunotify_event events[UMMUNOTIFY_READ_BATCH];
 	size_t delivered = 0;
 
 	while (delivered < room) {
-		size_t n = ummunotify_peek(ctx, events,
-					   min_t(size_t, room - delivered,
-						 UMMUNOTIFY_READ_BATCH));
+		size_t n = ummunotify_peek(ctx, min_t(size_t, room - delivered,
+						      UMMUNOTIFY_READ_BATCH));
 
 		if (!n)
 			break;
-		if (copy_to_user(buf + delivered * sizeof(*events), events,
-				 n * sizeof(*events))) {
+		if (ummunotify_put_batch(ctx, buf + delivered, n)) {
 			ummunotify_unpeek(ctx);
 			if (!delivered)
 				return -EFAULT;
 			break;
 		}
-		n = ummunotify_commit(ctx, events, n);
+		n = ummunotify_commit(ctx, n);
 		delivered += n;
-		if (n && events[n - 1].type == UMMUNOTIFY_EVENT_TYPE_LAST)
+		if (n && ctx->batch[n - 1].type == UMMUNOTIFY_EVENT_TYPE_LAST)
 			break;
 		cond_resched();
 	}
-	return delivered * sizeof(*events);
+	return delivered;
 }
 
 /* Is there something that read() need not wait for: records, or the end? */
-static bool ummunotify_read_ready(struct ummunotify_ctx *ctx, bool *ended)
+static bool ummunotify_ready(struct ummunotify_ctx *ctx)
 {
-	bool readable;
+	bool ready;
 
 	raw_spin_lock(&ctx->lock);
-	readable = ummunotify_readable(ctx);
-	*ended = ctx->ended && !readable;
+	ready = ummunotify_readable(ctx) || ctx->final;
 	raw_spin_unlock(&ctx->lock);
-	return readable || *ended;
+	return ready;
 }
 
 static ssize_t ummunotify_read(struct file *file, char __user *buf, size_t len,
@@ -776,30 +855,29 @@ static ssize_t ummunotify_read(struct file *file, char __user *buf, size_t len,
 	struct ummunotify_ctx *ctx = file->private_data;
 	size_t room = len / sizeof(struct ummunotify_event);
 	ssize_t ret;
-	bool ended;
+	bool final;
 
 	if (!room)
 		return -EINVAL;
-
 	WRITE_ONCE(ctx->used, true);
-	do {
-		if (!ummunotify_read_ready(ctx, &ended)) {
-			if (file->f_flags & O_NONBLOCK)
-				return -EAGAIN;
-			if (wait_event_interruptible(ctx->wait,
-						     ummunotify_read_ready(ctx, &ended)))
-				return -ERESTARTSYS;
-		}
-		if (ended)
-			return 0;
 
+	for (;;) {
 		if (mutex_lock_interruptible(&ctx->read_lock))
 			return -ERESTARTSYS;
-		ret = ummunotify_deliver(ctx, buf, room);
+		/* If no report follows, those queued are seen below. */
+		final = smp_load_acquire(&ctx->final);
+		ret = ummunotify_deliver(ctx, (void __user *)buf, room);
 		mutex_unlock(&ctx->read_lock);
-	} while (!ret);
+		if (ret > 0)
+			return ret * sizeof(struct ummunotify_event);
+		if (ret || final)
+			return ret;
 
-	return ret;
+		if (file->f_flags & O_NONBLOCK)
+			return -EAGAIN;
+		if (wait_event_interruptible(ctx->wait, ummunotify_ready(ctx)))
+			return -ERESTARTSYS;
+	}
 }
 
 static __poll_t ummunotify_poll(struct file *file, poll_table *wait)
@@ -813,7 +891,7 @@ static __poll_t ummunotify_poll(struct file *file, poll_table *wait)
 	if (ummunotify_readable(ctx))
 		mask |= EPOLLIN | EPOLLRDNORM;
 	/* End of file does not block either. */
-	if (ctx->ended)
+	if (ctx->final)
 		mask |= EPOLLIN | EPOLLRDNORM | EPOLLHUP;
 	raw_spin_unlock(&ctx->lock);
 	return mask;
@@ -866,10 +944,41 @@ static int ummunotify_insert(struct ummunotify_ctx *ctx,
 	if (region->last + 1 != region->start) {
 		ummunotify_ranges_insert(ctx, region);
 		ummunotify_update_bounds(ctx);
+		ummunotify_unsettle(ctx);
 	} else {
 		RB_CLEAR_NODE(&region->range_node);
 	}
 	return 0;
+}
+
+/* Keep an unregistered region, or leave it to the caller to free. */
+static bool ummunotify_spare(struct ummunotify_ctx *ctx,
+			     struct ummunotify_region *region)
+{
+	lockdep_assert_held(&ctx->lock);
+
+	if (ctx->nr_spares >= UMMUNOTIFY_SPARES +
+			      ctx->nr_regions / UMMUNOTIFY_SPARES_SHARE)
+		return false;
+	ctx->nr_spares++;
+	list_add(&region->pending, &ctx->spares);
+	return true;
+}
+
+static struct ummunotify_region *
+ummunotify_take_spare(struct ummunotify_ctx *ctx)
+{
+	struct ummunotify_region *region;
+
+	lockdep_assert_held(&ctx->lock);
+
+	region = list_first_entry_or_null(&ctx->spares,
+					  struct ummunotify_region, pending);
+	if (region) {
+		ctx->nr_spares--;
+		list_del(&region->pending);
+	}
+	return region;
 }
 
 static long ummunotify_register(struct ummunotify_ctx *ctx,
@@ -878,6 +987,7 @@ static long ummunotify_register(struct ummunotify_ctx *ctx,
 	struct ummunotify_register_ioctl parm;
 	struct ummunotify_region *region;
 	u64 start, end;
+	bool kept;
 	int ret;
 
 	/* flags and reserved are garbage in clients of 2010: not looked at. */
@@ -890,18 +1000,23 @@ static long ummunotify_register(struct ummunotify_ctx *ctx,
 	if (start > end || end > ULONG_MAX)
 		return -EINVAL;
 
-	region = kmem_cache_alloc(ummunotify_region_cache, GFP_KERNEL);
-	if (!region)
-		return -ENOMEM;
+	raw_spin_lock(&ctx->lock);
+	region = ummunotify_take_spare(ctx);
+	if (!region) {
+		raw_spin_unlock(&ctx->lock);
+		region = kmem_cache_alloc(ummunotify_region_cache, GFP_KERNEL);
+		if (!region)
+			return -ENOMEM;
+		raw_spin_lock(&ctx->lock);
+	}
 	region->start = start;
 	region->last = end - 1;
 	region->cookie = parm.user_cookie;
 	region->report = 0;
-
-	raw_spin_lock(&ctx->lock);
 	ret = ummunotify_insert(ctx, region);
+	kept = !ret || ummunotify_spare(ctx, region);
 	raw_spin_unlock(&ctx->lock);
-	if (ret)
+	if (!kept)
 		kmem_cache_free(ummunotify_region_cache, region);
 
 	/*
@@ -917,9 +1032,10 @@ static long ummunotify_unregister(struct ummunotify_ctx *ctx,
 {
 	struct ummunotify_region *region;
 	bool wake = false;
+	bool kept;
 	u64 cookie;
 
-	if (copy_from_user(&cookie, arg, sizeof(cookie)))
+	if (get_user(cookie, arg))
 		return -EFAULT;
 
 	raw_spin_lock(&ctx->lock);
@@ -943,9 +1059,11 @@ static long ummunotify_unregister(struct ummunotify_ctx *ctx,
 			wake = true;
 		}
 	}
+	kept = ummunotify_spare(ctx, region);
 	raw_spin_unlock(&ctx->lock);
 
-	kmem_cache_free(ummunotify_region_cache, region);
+	if (!kept)
+		kmem_cache_free(ummunotify_region_cache, region);
 	if (wake)
 		ummunotify_wake(ctx);
 	return 0;
@@ -1046,7 +1164,9 @@ static int ummunotify_open(struct inode *inode, struct file *file)
 	ctx->ranges = RB_ROOT_CACHED;
 	ctx->cookies = RB_ROOT_CACHED;
 	ummunotify_update_bounds(ctx);
+	INIT_LIST_HEAD(&ctx->spares);
 	INIT_LIST_HEAD(&ctx->pending);
+	ummunotify_unsettle(ctx);
 	ctx->told_generation = U64_MAX;
 	mutex_init(&ctx->read_lock);
 	init_waitqueue_head(&ctx->wait);
@@ -1089,6 +1209,8 @@ static int ummunotify_release(struct inode *inode, struct file *file)
 		if (++freed % 1024 == 0)
 			cond_resched();
 	}
+	list_for_each_entry_safe(region, next, &ctx->spares, pending)
+		kmem_cache_free(ummunotify_region_cache, region);
 	put_page(ctx->counter);
 	kfree(ctx);
 	return 0;
