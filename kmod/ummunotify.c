@@ -70,7 +70,7 @@
  * and a share of what is registered: a cache that evicts and registers in turn
  * never calls the allocator, whose price for a free at random is high.
  */
-#define UMMUNOTIFY_SPARES	64
+#define UMMUNOTIFY_SPARES	512
 #define UMMUNOTIFY_SPARES_SHARE	8
 
 static unsigned int max_regions = 1U << 20;
