@@ -44,7 +44,7 @@ enum {
 	/* Something in a region's range was invalidated. */
 	UMMUNOTIFY_EVENT_TYPE_INVAL	= 0,
 	/* No report is left; carries the generation of that moment. */
-	UMMUNOTIFY_EVENT_TYPE_LAST	= 1,
+	UMMUNOTIFY_EVENT_TYPE_LAST	= 1
 };
 
 enum {
@@ -52,7 +52,7 @@ enum {
 	 * hint_start and hint_end are the one range that was invalidated;
 	 * otherwise they are the whole region.
 	 */
-	UMMUNOTIFY_EVENT_FLAG_HINT	= 1 << 0,
+	UMMUNOTIFY_EVENT_FLAG_HINT	= 1 << 0
 };
 
 /**
@@ -89,7 +89,7 @@ struct ummunotify_event {
  *
  * Return: the generation, to be compared for equality with that of a LAST.
  */
-static inline __u64 ummunotify_load_generation(const void *counter)
+static __inline__ __u64 ummunotify_load_generation(const void *counter)
 {
 #if __SIZEOF_POINTER__ >= 8
 	return __atomic_load_n((const __u64 *)counter,
