@@ -844,7 +844,7 @@ static bool ummunotify_ready(struct ummunotify_ctx *ctx)
 	bool ready;
 
 	raw_spin_lock(&ctx->lock);
-	ready = ummunotify_readable(ctx) || ctx->final;
+	ready = ummunotify_readable(ctx) || READ_ONCE(ctx->final);
 	raw_spin_unlock(&ctx->lock);
 	return ready;
 }
@@ -891,7 +891,7 @@ static __poll_t ummunotify_poll(struct file *file, poll_table *wait)
 	if (ummunotify_readable(ctx))
 		mask |= EPOLLIN | EPOLLRDNORM;
 	/* End of file does not block either. */
-	if (ctx->final)
+	if (READ_ONCE(ctx->final))
 		mask |= EPOLLIN | EPOLLRDNORM | EPOLLHUP;
 	raw_spin_unlock(&ctx->lock);
 	return mask;
@@ -916,8 +916,8 @@ static long ummunotify_exchange_features(struct ummunotify_ctx *ctx,
 		return -EFAULT;
 
 	raw_spin_lock(&ctx->lock);
-	late = ctx->used;
-	ctx->used = true;
+	late = READ_ONCE(ctx->used);
+	WRITE_ONCE(ctx->used, true);
 	raw_spin_unlock(&ctx->lock);
 	if (late)
 		return -EINVAL;

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+#
+# make test           all checks and tests, the guests' on Linux 6.1 and 6.12 too
+# make demo           watch buffers come and go, on a real kernel in a guest
+# make bench          what the driver costs, and what the library does
+# make test-kernels   the guest tests on every kernel from 5.10 to the newest
+#
+# Each does its own set-up: Debian packages (as root, or through sudo), a virtual
+# environment in .venv, kernels in .cache/guest.  Nothing else is touched.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GUEST := $(BIN)/python tools/guest.py
+KERNELS := 6.1 6.12
+ALL_KERNELS := 5.10 6.1 6.12 newest
+CHECK_KERNEL := 6.12
+
+SYSTEM := .cache/system.stamp
+INSTALLED := $(VENV)/installed.stamp
+CHECKPATCH := .cache/checkpatch/checkpatch.pl
+
+
+help:
+	@sed -n 's/^# \{0,1\}//; 3,10p' $(firstword $(MAKEFILE_LIST))
+
+test: check test-host test-guest
+	@echo "make test: everything passed"
+
+check: lint check-kmod
+
+lint: $(INSTALLED)
+	@echo "== ruff, mypy"
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+check-kmod: $(INSTALLED) $(CHECKPATCH)
+	@echo "== driver: W=1 on $(KERNELS), sparse, checkpatch --strict"
+	for kernel in $(KERNELS); do $(GUEST) build $$kernel --strict; done
+	rm -rf .cache/sparse && mkdir -p .cache && cp -r kmod .cache/sparse
+	kdir=$$($(GUEST) kdir $(CHECK_KERNEL)) && \
+		$(MAKE) -C .cache/sparse sparse KDIR="$$kdir" 2>&1 | tee .cache/sparse/log
+	! grep -iE 'warning:|error:' .cache/sparse/log
+	$(MAKE) -C kmod checkpatch CHECKPATCH=$(CURDIR)/$(CHECKPATCH)
+
+test-host: $(INSTALLED)
+	@echo "== tests on this machine"
+	$(BIN)/python -m pytest
+
+test-guest: $(addprefix test-guest-,$(KERNELS))
+
+test-kernels: $(addprefix test-guest-,$(ALL_KERNELS))
+
+test-guest-%: $(INSTALLED)
+	@echo "== Linux $*: driver selftests and the library on the real device"
+	tools/guest-suite.sh $(BIN)/python $*
+
+demo: $(INSTALLED)
+	$(GUEST) run $(CHECK_KERNEL) --module -- $(BIN)/python examples/watch_buffers.py
+
+bench: $(INSTALLED)
+	$(BIN)/python bench/driver.py
+	$(BIN)/python bench/events.py
+
+setup: $(INSTALLED)
+
+$(SYSTEM): tools/guest.py
+	@mkdir -p $(@D)
+	$(PYTHON) tools/guest.py setup
+	@touch $@
+
+$(INSTALLED): $(SYSTEM) pyproject.toml setup.py aioummu/_abi_build.py kmod/include/uapi/linux/ummunotify.h
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+# Only the kernel's sources have it.
+$(CHECKPATCH): | $(SYSTEM)
+	@mkdir -p $(@D)
+	cd $(@D) && rm -rf *.deb source && apt-get download linux-source-6.12 && \
+		dpkg -x linux-source-*.deb source
+	tar -C $(@D) -xJf $(@D)/source/usr/src/linux-source-6.12.tar.xz --strip-components=2 \
+		linux-source-6.12/scripts/{checkpatch.pl,spelling.txt,const_structs.checkpatch}
+	rm -rf $(@D)/source $(@D)/*.deb
+
+clean:
+	rm -rf .cache/sparse .cache/bench .cache/guest/build build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: help test check lint check-kmod test-host test-guest test-kernels demo bench setup clean
