@@ -126,7 +126,9 @@ def missing_message(packages: Sequence[str], others: Sequence[str] = ()) -> str:
 
 def require(task: str) -> None:
     """Refuse to start a task that would fail for want of a program."""
-    lacking = [t.package for t in TOOLS if t.task == task and find_program(t.program) is None]
+    lacking = [
+        t.package for t in TOOLS if t.task == task and find_program(t.program) is None
+    ]
     others = []
     if task == "run" and find_virtme() is None:
         others.append(
@@ -223,8 +225,21 @@ SERIES = {
     for series in (
         Series("5.10", "bullseye", True, "linux-image-amd64", "linux-headers-amd64"),
         Series("6.1", "bookworm", True, "linux-image-amd64", "linux-headers-amd64"),
-        Series("6.12", "bookworm", True, "linux-image-6.12-amd64", "linux-headers-6.12-amd64"),
-        Series("newest", "sid", False, "linux-image-amd64", "linux-headers-amd64", sandbox=True),
+        Series(
+            "6.12",
+            "bookworm",
+            True,
+            "linux-image-6.12-amd64",
+            "linux-headers-6.12-amd64",
+        ),
+        Series(
+            "newest",
+            "sid",
+            False,
+            "linux-image-amd64",
+            "linux-headers-amd64",
+            sandbox=True,
+        ),
     )
 }
 
@@ -258,7 +273,9 @@ def series_named(name: str) -> Series:
     try:
         return SERIES[name]
     except KeyError:
-        raise HarnessError(f"no kernel {name!r}: there are {', '.join(SERIES)}") from None
+        raise HarnessError(
+            f"no kernel {name!r}: there are {', '.join(SERIES)}"
+        ) from None
 
 
 def parse_targets(text: str, codename: str) -> tuple[str, str]:
@@ -267,7 +284,9 @@ def parse_targets(text: str, codename: str) -> tuple[str, str]:
     The mirror is whichever this machine was told to use; so no address needs to be
     written in any file of the project.
     """
-    targets = dict(reversed([line.split("|", 1) for line in text.splitlines() if "|" in line]))
+    targets = dict(
+        reversed([line.split("|", 1) for line in text.splitlines() if "|" in line])
+    )
     main = targets.get(codename)
     if main is None:
         raise MissingError(
@@ -343,7 +362,8 @@ class Apt:
         if result.returncode != 0:
             raise MissingError(
                 f"{program} {arguments[0]} for Debian {self.series.release} failed: no network, or "
-                "this machine's mirror does not carry that release\n" + result.stderr.strip()
+                "this machine's mirror does not carry that release\n"
+                + result.stderr.strip()
             )
         return result.stdout
 
@@ -352,14 +372,23 @@ class Apt:
         os_release = Path("/etc/os-release").read_text(encoding="utf-8")
         codename = re.search(r"^VERSION_CODENAME=\"?([a-z]+)", os_release, re.M)
         targets = subprocess.run(
-            ["apt-get", "indextargets", "--format=$(RELEASE)|$(REPO_URI)", "Created-By: Packages"],
+            [
+                "apt-get",
+                "indextargets",
+                "--format=$(RELEASE)|$(REPO_URI)",
+                "Created-By: Packages",
+            ],
             capture_output=True,
             text=True,
             check=False,
         )
-        main, security = parse_targets(targets.stdout, codename.group(1) if codename else "")
+        main, security = parse_targets(
+            targets.stdout, codename.group(1) if codename else ""
+        )
         (self.folder / "state" / "lists" / "partial").mkdir(parents=True, exist_ok=True)
-        (self.folder / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+        (self.folder / "cache" / "archives" / "partial").mkdir(
+            parents=True, exist_ok=True
+        )
         (self.folder / "status").touch()
         sources = apt_sources(self.series, main, security)
         (self.folder / "sources.list").write_text(sources, encoding="utf-8")
@@ -382,7 +411,9 @@ class Apt:
                     found.append(name)
                     queue.append(name)
         if not found:
-            raise HarnessError(f"{package} of Debian {self.series.release} names no kernel package")
+            raise HarnessError(
+                f"{package} of Debian {self.series.release} names no kernel package"
+            )
         return found
 
     def download(self, packages: Sequence[str], folder: Path) -> list[Path]:
@@ -391,7 +422,9 @@ class Apt:
         self.call("apt-get", "download", *packages, cwd=folder)
         return sorted(folder.glob("*.deb"))
 
-    def download_with_dependencies(self, packages: Sequence[str], folder: Path) -> list[Path]:
+    def download_with_dependencies(
+        self, packages: Sequence[str], folder: Path
+    ) -> list[Path]:
         """Download packages and everything that they depend on."""
         (folder / "partial").mkdir(parents=True)
         self.call(
@@ -410,7 +443,9 @@ def unpack(packages: Sequence[Path], root: Path) -> None:
     """Unpack packages without installing them: no root, no maintainer scripts."""
     root.mkdir(exist_ok=True)
     # base-files first: it has /bin, /lib and their like as links into /usr.
-    for package in sorted(packages, key=lambda path: not path.name.startswith("base-files_")):
+    for package in sorted(
+        packages, key=lambda path: not path.name.startswith("base-files_")
+    ):
         subprocess.run(["dpkg", "-x", str(package), str(root)], check=True)
 
 
@@ -430,7 +465,9 @@ def make_relocatable(root: Path, release: str) -> Path:
         re.sub(r"(?m)^include /usr/src/", f"include {here}", text), encoding="utf-8"
     )
     for folder in source.iterdir():
-        for entry in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+        for entry in (
+            folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
+        ):
             if entry.is_symlink() and os.readlink(entry).startswith("/usr/"):
                 target = root / os.readlink(entry).lstrip("/")
                 entry.unlink()
@@ -470,14 +507,18 @@ def fetch(name: str, refresh: bool = False) -> Kernel:
         folder.mkdir()
         try:
             kernel = unpack_kernel(series, folder, progress)
-            (folder / "kernel.json").write_text(json.dumps(asdict(kernel)), encoding="utf-8")
+            (folder / "kernel.json").write_text(
+                json.dumps(asdict(kernel)), encoding="utf-8"
+            )
             remove_tree(kernels / name)
             folder.rename(kernels / name)
         finally:
             remove_tree(folder)
         give_back(CACHE / "apt")
         give_back(kernel.home)
-    progress.say(f"Linux {kernel.release} ({kernel.version}) unpacked in {progress.elapsed:.0f} s")
+    progress.say(
+        f"Linux {kernel.release} ({kernel.version}) unpacked in {progress.elapsed:.0f} s"
+    )
     return kernel
 
 
@@ -486,7 +527,7 @@ def unpack_kernel(series: Series, folder: Path, progress: Progress) -> Kernel:
     apt = Apt(series)
     progress.say(f"package lists of Debian {series.release} ...")
     apt.update()
-    images = apt.closure(series.image, "image|binary|modules")
+    images = apt.closure(series.image, "image|binary|modules|base")
     headers = apt.closure(series.headers, "headers|kbuild")
     version, _ = apt.show(images[0])
     progress.say(f"downloading {images[0]} ({version}) and its headers ...")
@@ -556,7 +597,9 @@ def compiler_arguments(kernel: Kernel) -> list[str]:
     """CC=gcc where this machine has not the very compiler that built the kernel."""
     if kernel.sandbox:
         return []
-    variables = (kernel.home / kernel.kdir / ".kernelvariables").read_text(encoding="utf-8")
+    variables = (kernel.home / kernel.kdir / ".kernelvariables").read_text(
+        encoding="utf-8"
+    )
     wanted = re.search(r"^CC\s*=.*?(gcc-\d+)\s*$", variables, re.M)
     if wanted and find_program(wanted.group(1)):
         return []
@@ -575,7 +618,7 @@ def build_command(kernel: Kernel, copy: Path, arguments: Sequence[str]) -> list[
     kdir_inside = "/" + str(Path(kernel.kdir).relative_to(kernel.sandbox))
     inside = ["make", "-C", "/build", f"KDIR={kdir_inside}", *arguments]
     script = (
-        'mount --rbind /dev "$1/dev" && mount --bind "$2" "$1/build" && '
+        'mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" && mount --bind "$2" "$1/build" && '
         'root=$1 && shift 2 && exec chroot "$root" /usr/bin/env -i '
         'PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@"'
     )
@@ -617,7 +660,9 @@ def build(
         remove_tree(copy)
         fresh.rename(copy)
         warnings = 0
-        environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")
+        }
         with subprocess.Popen(
             build_command(kernel, copy, arguments),
             stdout=subprocess.PIPE,
@@ -631,7 +676,9 @@ def build(
                 sys.stderr.write(line)
         give_back(folder)
         if process.returncode != 0:
-            raise ModuleError(f"the module does not build against Linux {kernel.release}")
+            raise ModuleError(
+                f"the module does not build against Linux {kernel.release}"
+            )
         module = only_module(copy)
         stamp.write_text(f"{digest} {warnings}\n", encoding="utf-8")
         give_back(folder)
@@ -639,7 +686,9 @@ def build(
         f"module built against {kernel.release} in {progress.elapsed:.0f} s, {warnings} warnings"
     )
     if strict and warnings:
-        raise ModuleError(f"{warnings} warnings in the build against Linux {kernel.release}")
+        raise ModuleError(
+            f"{warnings} warnings in the build against Linux {kernel.release}"
+        )
     return module
 
 
@@ -768,7 +817,10 @@ def kernel_options(kvm: bool) -> list[str]:
 
 def overlays() -> list[str]:
     """Folders that the guest may write to, without the host seeing any of it."""
-    folders = [f"/{name}" for name in ("etc", "home", "opt", "root", "srv", "tmp", "usr", "var")]
+    folders = [
+        f"/{name}"
+        for name in ("etc", "home", "opt", "root", "srv", "tmp", "usr", "var")
+    ]
     if not any(PROJECT.is_relative_to(folder) for folder in folders):
         folders.append(str(PROJECT))
     return [folder for folder in folders if Path(folder).is_dir()]
@@ -781,7 +833,7 @@ def virtme_command(
     virtme = find_virtme()
     assert virtme is not None
     command = [virtme, "--kimg", str(kernel.home / kernel.image), "--mods=auto"]
-    command += ["--disable-monitor", "--show-boot-console", "--no-dhcp"]
+    command += ["--disable-monitor", "--show-boot-console", "--force-9p"]
     command += ["--cpus", "1" if options.icount else str(options.cpus)]
     command += ["--memory", options.memory]
     command += [f"--rwdir={scratch}"]
@@ -816,12 +868,33 @@ def kvm_works(kernel: Kernel) -> bool:
         if known["boot"] == boot:
             return bool(known["works"])
     qemu = find_program("qemu-system-x86_64") or "qemu-system-x86_64"
-    command = [qemu, "-accel", "kvm", "-cpu", "host", "-m", "256M", "-nodefaults", "-no-reboot"]
-    command += ["-display", "none", "-serial", "stdio", "-kernel", str(kernel.home / kernel.image)]
+    command = [
+        qemu,
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-m",
+        "256M",
+        "-nodefaults",
+        "-no-reboot",
+    ]
+    command += [
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-kernel",
+        str(kernel.home / kernel.image),
+    ]
     command += ["-append", "console=ttyS0 panic=-1"]
     try:
         result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=20,
+            check=False,
         )
         works = b"Linux version" in result.stdout and b"Kernel panic" in result.stdout
     except subprocess.TimeoutExpired:
@@ -864,7 +937,9 @@ def judge(
     status = int(phases.get("exit", EXIT_DIED))
     if timed_out is not None:
         status = EXIT_DIED
-        reasons.append(f"no end within {timed_out:.0f} s: the guest was killed (see --timeout)")
+        reasons.append(
+            f"no end within {timed_out:.0f} s: the guest was killed (see --timeout)"
+        )
     elif "up" not in phases:
         status = EXIT_DIED
         reasons.append("the guest did not come up")
@@ -912,24 +987,37 @@ def session_variables(options: Options, module: Path | None, rule: Path | None) 
         "user": options.user,
         "module": str(module or ""),
         "rule": str(rule or ""),
-        "pythons": str(project_python().resolve().parent),
     }
-    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
+    lines = [f"{name}={shlex.quote(value)}\n" for name, value in variables.items()]
+    # The root of an overlay is open to everybody already.
+    private = closed_folders([project_python().resolve(), PROJECT], overlays())
+    return "".join([*lines, f"private=({shlex.join(private)})\n"])
 
 
-def command_script(kernel: Kernel, options: Options, command: Sequence[str], scratch: Path) -> str:
+def closed_folders(paths: Sequence[Path], opened: Sequence[str]) -> list[str]:
+    """The folders above some paths that only their owner can pass through."""
+    parents = {str(parent) for path in paths for parent in path.parents} - set(opened)
+    return sorted(name for name in parents if not os.stat(name).st_mode & 0o001)
+
+
+def command_script(
+    kernel: Kernel, options: Options, command: Sequence[str], scratch: Path
+) -> str:
     """The command with its environment, for bash in the guest."""
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name in ("PATH", "LANG", "VIRTUAL_ENV", "CI") or name.startswith(("AIOUMMU_", "PYTEST_"))
+        if name in ("PATH", "LANG", "VIRTUAL_ENV", "CI")
+        or name.startswith(("AIOUMMU_", "PYTEST_"))
     }
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     environment["AIOUMMU_GUEST"] = kernel.series
     environment["AIOUMMU_GUEST_SCRATCH"] = str(scratch)
     environment["AIOUMMU_GUEST_KMOD"] = str(CACHE / "build" / kernel.series / "kmod")
     environment.update(options.environment or {})
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    lines = [
+        f"export {name}={shlex.quote(value)}" for name, value in environment.items()
+    ]
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
 
 
@@ -968,7 +1056,9 @@ def run(
         (scratch / "command.sh").write_text(text, encoding="utf-8")
         how = "KVM" if kvm else "TCG, instruction counting" if options.icount else "TCG"
         progress.say(f"booting Linux {kernel.release} ({how}) ...")
-        timed_out = boot(kernel, options, scratch, kvm, results / "console.log", progress)
+        timed_out = boot(
+            kernel, options, scratch, kvm, results / "console.log", progress
+        )
         log = (results / "console.log").read_text(encoding="utf-8", errors="replace")
         phases_file = scratch / "phases"
         phases = parse_phases(
@@ -977,7 +1067,10 @@ def run(
             else ""
         )
         outcome = judge(
-            phases, module, scan_log(log, options.allow), options.timeout if timed_out else None
+            phases,
+            module,
+            scan_log(log, options.allow),
+            options.timeout if timed_out else None,
         )
         for file in bring:
             remove_tree(results / file)
@@ -991,7 +1084,9 @@ def run(
     for reason in outcome.reasons:
         progress.say(reason)
     if outcome.status == EXIT_DIED and not phases:
-        progress.say("the last lines of its console:\n" + "\n".join(log.splitlines()[-15:]))
+        progress.say(
+            "the last lines of its console:\n" + "\n".join(log.splitlines()[-15:])
+        )
     if outcome.reasons:
         progress.say(f"the whole log is in {results / 'console.log'}")
     progress.say(f"exit status {outcome.status} after {progress.elapsed:.0f} s")
@@ -999,7 +1094,12 @@ def run(
 
 
 def boot(
-    kernel: Kernel, options: Options, scratch: Path, kvm: bool, log: Path, progress: Progress
+    kernel: Kernel,
+    options: Options,
+    scratch: Path,
+    kvm: bool,
+    log: Path,
+    progress: Progress,
 ) -> bool:
     """Run the guest to its end; true if it had to be killed at its time limit."""
     reader, writer = os.pipe()
@@ -1069,7 +1169,11 @@ def setup() -> None:
         text=True,
         check=False,
     )
-    there = {line.split()[0] for line in query.stdout.splitlines() if line.endswith(" installed")}
+    there = {
+        line.split()[0]
+        for line in query.stdout.splitlines()
+        if line.endswith(" installed")
+    }
     lacking = [name for name in packages if name not in there]
     if not lacking:
         return
@@ -1079,10 +1183,26 @@ def setup() -> None:
         if shutil.which("sudo") is None:
             raise MissingError(missing_message(lacking))
         sudo = ["sudo"]
-    apt = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-oDPkg::Lock::Timeout=300"]
-    for arguments in (["update", "-q"], ["install", "-qy", "--no-install-recommends", *lacking]):
-        if subprocess.run([*apt, *arguments], stdout=sys.stderr, check=False).returncode != 0:
-            raise MissingError(missing_message(lacking, ["apt-get failed: no network?"]))
+    apt = [
+        *sudo,
+        "env",
+        "DEBIAN_FRONTEND=noninteractive",
+        "apt-get",
+        "-oDPkg::Lock::Timeout=300",
+    ]
+    for arguments in (
+        ["update", "-q"],
+        ["install", "-qy", "--no-install-recommends", *lacking],
+    ):
+        if (
+            subprocess.run(
+                [*apt, *arguments], stdout=sys.stderr, check=False
+            ).returncode
+            != 0
+        ):
+            raise MissingError(
+                missing_message(lacking, ["apt-get failed: no network?"])
+            )
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -1102,26 +1222,41 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     kernels = argparse.ArgumentParser(add_help=False)
     kernels.add_argument("kernels", nargs="+", metavar="KERNEL", help=", ".join(SERIES))
     source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("--source", type=Path, default=PROJECT / "kmod", help="the module's folder")
+    source.add_argument(
+        "--source", type=Path, default=PROJECT / "kmod", help="the module's folder"
+    )
     guest = argparse.ArgumentParser(add_help=False)
     guest.add_argument("--cpus", type=int, default=Options.cpus)
     guest.add_argument(
         "--memory", default=Options.memory, help="as QEMU's -m (default %(default)s)"
     )
     guest.add_argument(
-        "--timeout", type=float, default=Options.timeout, help="seconds (default %(default)s)"
+        "--timeout",
+        type=float,
+        default=Options.timeout,
+        help="seconds (default %(default)s)",
     )
     guest.add_argument(
         "--icount",
         action="store_true",
         help="deterministic: one CPU whose clock counts instructions (1 ns each)",
     )
-    guest.add_argument("--user", default="", help="run the command as this user of the guest")
     guest.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="for the command"
+        "--user", default="", help="run the command as this user of the guest"
     )
     guest.add_argument(
-        "--allow", action="append", default=[], metavar="REGEX", help="log lines to overlook"
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for the command",
+    )
+    guest.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="log lines to overlook",
     )
     guest.add_argument(
         "--kopt",
@@ -1130,16 +1265,30 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="OPTION",
         help="for the kernel's command line",
     )
-    guest.add_argument("--results", type=Path, help="a folder for the log and what is brought back")
+    guest.add_argument(
+        "--results", type=Path, help="a folder for the log and what is brought back"
+    )
 
-    commands.add_parser("setup", help="install the Debian packages that the harness needs")
-    action = commands.add_parser("fetch", parents=[kernels], help="unpack kernels into the cache")
+    commands.add_parser(
+        "setup", help="install the Debian packages that the harness needs"
+    )
+    action = commands.add_parser(
+        "fetch", parents=[kernels], help="unpack kernels into the cache"
+    )
     action.add_argument("--refresh", action="store_true", help="even if they are there")
-    commands.add_parser("kdir", parents=[kernels], help="print the KDIR for building modules")
-    action = commands.add_parser("build", parents=[kernels, source], help="build the module")
+    commands.add_parser(
+        "kdir", parents=[kernels], help="print the KDIR for building modules"
+    )
+    action = commands.add_parser(
+        "build", parents=[kernels, source], help="build the module"
+    )
     action.add_argument("--strict", action="store_true", help="fail on any warning")
-    action = commands.add_parser("run", parents=[kernels, source, guest], help="run a command")
-    action.add_argument("--module", action="store_true", help="insmod before, rmmod after")
+    action = commands.add_parser(
+        "run", parents=[kernels, source, guest], help="run a command"
+    )
+    action.add_argument(
+        "--module", action="store_true", help="insmod before, rmmod after"
+    )
     action.add_argument(
         "--bring",
         action="append",
