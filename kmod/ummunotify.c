@@ -450,7 +450,8 @@ static void ummunotify_wake(struct ummunotify_ctx *ctx)
 	/* No barrier: the lock orders this, as said. */
 	if (waitqueue_active(&ctx->wait))
 		wake_up_interruptible_poll(&ctx->wait, EPOLLIN | EPOLLRDNORM);
-	kill_fasync(&ctx->fasync, SIGIO, POLL_IN);
+	if (READ_ONCE(ctx->fasync))
+		kill_fasync(&ctx->fasync, SIGIO, POLL_IN);
 }
 
 static void ummunotify_wake_work(struct irq_work *work)
@@ -545,10 +546,15 @@ static void ummunotify_unsettle(struct ummunotify_ctx *ctx)
 	ummunotify_settle(ctx, ULONG_MAX, 0);
 }
 
-static bool ummunotify_settled(const struct ummunotify_ctx *ctx,
-			       unsigned long start, unsigned long last)
+static bool ummunotify_settled(struct ummunotify_ctx *ctx, unsigned long start,
+			       unsigned long last)
 {
-	return ctx->settled_start == start && ctx->settled_last == last;
+	bool settled;
+
+	raw_spin_lock(&ctx->lock);
+	settled = ctx->settled_start == start && ctx->settled_last == last;
+	raw_spin_unlock(&ctx->lock);
+	return settled;
 }
 
 /*
@@ -570,10 +576,6 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 	bool settled = true;
 
 	raw_spin_lock(&ctx->lock);
-	if (walk->at_end && ummunotify_settled(ctx, walk->start, walk->last)) {
-		raw_spin_unlock(&ctx->lock);
-		return;
-	}
 	region = ummunotify_first_overlap(ctx, walk->start, walk->last);
 	while (region) {
 		ummunotify_report(walk, region);
@@ -616,20 +618,31 @@ static struct ummunotify_ctx *notifier_ctx(struct mmu_notifier *notifier)
 	return container_of(notifier, struct ummunotify_ctx, notifier);
 }
 
+/* Apart, so that a miss does not pay for it. */
+static noinline void
+ummunotify_invalidate(struct ummunotify_ctx *ctx,
+		      const struct mmu_notifier_range *range, bool at_end)
+{
+	struct ummunotify_walk walk = {
+		.ctx		= ctx,
+		.start		= range->start,
+		.last		= range->end - 1,
+		.at_end		= at_end,
+		.may_sleep	= mmu_notifier_range_blockable(range),
+	};
+
+	ummunotify_walk(&walk);
+}
+
 /* Before the first page goes away, the counter rises and reports are queued. */
 static int
 ummunotify_invalidate_range_start(struct mmu_notifier *notifier,
 				  const struct mmu_notifier_range *range)
 {
-	struct ummunotify_walk walk = {
-		.ctx		= notifier_ctx(notifier),
-		.start		= range->start,
-		.last		= range->end - 1,
-		.may_sleep	= mmu_notifier_range_blockable(range),
-	};
+	struct ummunotify_ctx *ctx = notifier_ctx(notifier);
 
-	if (!ummunotify_misses(walk.ctx, range))
-		ummunotify_walk(&walk);
+	if (!ummunotify_misses(ctx, range))
+		ummunotify_invalidate(ctx, range, false);
 	return 0;
 }
 
@@ -642,21 +655,16 @@ static void
 ummunotify_invalidate_range_end(struct mmu_notifier *notifier,
 				const struct mmu_notifier_range *range)
 {
-	struct ummunotify_walk walk = {
-		.ctx		= notifier_ctx(notifier),
-		.start		= range->start,
-		.last		= range->end - 1,
-		.at_end		= true,
-		.may_sleep	= mmu_notifier_range_blockable(range),
-	};
+	struct ummunotify_ctx *ctx = notifier_ctx(notifier);
 
 	/*
 	 * Pairs with the one in ummunotify_register(): either the region just
 	 * registered is seen here, or its owner sees the new page tables.
 	 */
 	smp_mb();
-	if (!ummunotify_misses(walk.ctx, range))
-		ummunotify_walk(&walk);
+	if (!ummunotify_misses(ctx, range) &&
+	    !ummunotify_settled(ctx, range->start, range->end - 1))
+		ummunotify_invalidate(ctx, range, true);
 }
 
 /* The last user of the address space is gone, or the fd is being closed. */
