@@ -14,6 +14,10 @@
 #error "ummunotify needs Linux 5.10 or later"
 #endif
 
+#ifndef CONFIG_MMU_NOTIFIER
+#error "ummunotify needs a kernel with CONFIG_MMU_NOTIFIER (which KVM, among others, selects)"
+#endif
+
 #if LINUX_VERSION_CODE < KERNEL_VERSION(5, 11, 0)
 static inline void vma_set_file(struct vm_area_struct *vma, struct file *file)
 {
