@@ -1,0 +1,93 @@
+"""Everything that this library raises by itself.
+
+::
+
+    UmmunotifyError
+    +-- DeviceError (OSError)               the system refused; errno says why
+    |   +-- NoDeviceError (FileNotFoundError)
+    |   +-- DevicePermissionError (PermissionError)
+    |   +-- ForeignDeviceError
+    |   +-- TooManyRegionsError
+    |   +-- ProcessGoneError (ProcessLookupError)
+    +-- ClosedError (anyio.ClosedResourceError)
+    +-- BusyError (anyio.BusyResourceError)
+    +-- ForkedError (RuntimeError)
+    +-- InvalidBufferError (BufferError)
+    +-- InvalidRangeError (ValueError)
+    +-- DuplicateCookieError (ValueError)
+    +-- UnknownCookieError (KeyError)
+
+Each message says what is wrong and what to do about it.
+"""
+
+import anyio
+
+
+class UmmunotifyError(Exception):
+    """Base class of every error that the library raises by itself."""
+
+
+class DeviceError(UmmunotifyError, OSError):
+    """The device refused; ``errno`` says why."""
+
+
+class NoDeviceError(DeviceError, FileNotFoundError):
+    """There is no such device: the driver is not loaded."""
+
+
+class DevicePermissionError(DeviceError, PermissionError):
+    """The device is there, but this user may not open it."""
+
+
+class ForeignDeviceError(DeviceError):
+    """The device does not speak the ummunotify interface."""
+
+
+class TooManyRegionsError(DeviceError):
+    """The driver's limit of regions per open device is reached (ENOSPC)."""
+
+
+class ProcessGoneError(DeviceError, ProcessLookupError):
+    """The watched process has ended or called exec (ESRCH)."""
+
+
+class ClosedError(UmmunotifyError, anyio.ClosedResourceError):
+    """The device or notifier was closed, possibly while a task waited on it."""
+
+
+class BusyError(UmmunotifyError, anyio.BusyResourceError):
+    """Another task is waiting for the same notifier's events."""
+
+    def __init__(self) -> None:
+        Exception.__init__(
+            self,
+            "another task is already waiting for events of this notifier; "
+            "let one task receive and hand out, or open a notifier for each",
+        )
+
+
+class ForkedError(UmmunotifyError, RuntimeError):
+    """A forked child used what its parent opened.
+
+    The parent's memory is watched, also through the child's copy.
+    """
+
+
+class InvalidBufferError(UmmunotifyError, BufferError):
+    """The buffer is empty or is not one contiguous block of memory."""
+
+
+class InvalidRangeError(UmmunotifyError, ValueError):
+    """The range of addresses is empty, inverted or outside of 64 bits."""
+
+
+class DuplicateCookieError(UmmunotifyError, ValueError):
+    """The cookie names another region already."""
+
+
+class UnknownCookieError(UmmunotifyError, KeyError):
+    """The cookie names no region."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr() of its argument, which suits keys only.
+        return Exception.__str__(self)

@@ -1,0 +1,138 @@
+"""Decoding of what the driver writes: bytes in, events out, no input or output.
+
+A record is 32 bytes: type and flags (32 bits each), the start and the end of
+the invalidated range, and the region's cookie or the generation (64 bits each),
+in the byte order of the machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import attrs
+
+from aioummu import _abi
+from aioummu._errors import ForeignDeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from typing_extensions import Buffer
+
+    from aioummu._regions import Region
+
+RECORD_SIZE = _abi.EVENT.size
+INVAL = _abi.INVAL
+LAST = _abi.LAST
+HINT = _abi.HINT
+
+#: type, flags, hint_start, hint_end, user_cookie_counter
+Record: TypeAlias = tuple[int, int, int, int, int]
+
+
+# No weak references to events: with them, each would be a fifth larger.
+@attrs.frozen(weakref_slot=False)
+class Inval:
+    """Memory of a region was invalidated: unmapped, moved, dropped or protected.
+
+    The region stays registered and reports again.  Several invalidations
+    between two reads make one event.
+
+    Synchronization: immutable, may be shared by threads and tasks.
+    """
+
+    region: Region
+    """The region that was hit."""
+    start: int
+    """Address of the first invalidated byte."""
+    end: int
+    """Address behind the last invalidated byte."""
+    exact: bool
+    """Whether start and end are the one range that was invalidated (clipped to
+    the region); otherwise there were several, and they are the whole region.
+    """
+
+
+@attrs.frozen(weakref_slot=False)
+class Last:
+    """Every invalidation until now has been reported.
+
+    Follows the last pending :class:`Inval`.
+
+    Synchronization: immutable, may be shared by threads and tasks.
+    """
+
+    generation: int
+    """The number of invalidations at this moment; as long as the device's
+    generation equals it, nothing that is registered has changed since.
+    """
+
+
+Event: TypeAlias = Inval | Last
+
+
+class _Draft:
+    """An Inval that is still being filled in.
+
+    Assigning four slots and then the class costs a third of running the
+    __init__ of a frozen class, which assigns through object.__setattr__().
+    """
+
+    __slots__ = ("end", "exact", "region", "start")  # those of Inval
+
+    region: Region
+    start: int
+    end: int
+    exact: bool
+
+
+def unpack(data: Buffer) -> list[Record]:
+    """Return the records in *data* as tuples of integers.
+
+    :raises ForeignDeviceError: if *data* does not hold whole records
+    """
+    return list(_iter_unpack(data))
+
+
+def decode(data: Buffer, regions: Mapping[int, Region]) -> list[Event]:
+    """Return the events in *data*, looking up their regions by cookie.
+
+    A report whose cookie is not in *regions* was overtaken by the region's
+    unregistration, and is left out.
+
+    :raises ForeignDeviceError: if *data* does not hold whole, known records
+    """
+    events: list[Event] = []
+    append = events.append
+    lookup = regions.get
+    for kind, flags, start, end, value in _iter_unpack(data):
+        if kind == INVAL:
+            region = lookup(value)
+            if region is not None:
+                draft = _Draft()
+                draft.region = region
+                draft.start = start
+                draft.end = end
+                draft.exact = flags & HINT != 0
+                draft.__class__ = Inval  # type: ignore[assignment]
+                append(draft)  # type: ignore[arg-type]
+        elif kind == LAST:
+            append(Last(value))
+        else:
+            raise _foreign(f"its read() returned a record of unknown type {kind}")
+    return events
+
+
+def _iter_unpack(data: Buffer) -> Iterator[Record]:
+    try:
+        return cast("Iterator[Record]", _abi.EVENT.iter_unpack(data))
+    except struct.error:
+        raise _foreign("its read() returned a part of a record") from None
+
+
+def _foreign(fact: str) -> ForeignDeviceError:
+    return ForeignDeviceError(
+        errno.EPROTO, f"this is not an ummunotify device, or a newer one: {fact}"
+    )

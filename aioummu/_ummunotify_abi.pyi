@@ -1,0 +1,30 @@
+# What the compiled extension offers; built by _abi_build.py.
+
+from typing import Any
+
+class _Lib:
+    UMMUNOTIFY_EXCHANGE_FEATURES: int
+    UMMUNOTIFY_REGISTER_REGION: int
+    UMMUNOTIFY_UNREGISTER_REGION: int
+    UMMUNOTIFY_GENERATION_OFFSET: int
+    UMMUNOTIFY_GENERATION_SIZE: int
+    UMMUNOTIFY_EVENT_TYPE_INVAL: int
+    UMMUNOTIFY_EVENT_TYPE_LAST: int
+    UMMUNOTIFY_EVENT_FLAG_HINT: int
+    AIOUMMU_PLAIN_LOAD_IS_ACQUIRE: int
+    F_SETOWN_EX: int
+    F_OWNER_TID: int
+    def ummunotify_load_generation(self, counter: object, /) -> int: ...
+    def aioummu_signalfd(self, signals: object, count: int, /) -> int: ...
+
+class _FFI:
+    errno: int
+    def cast(self, ctype: str, source: object, /) -> Any: ...
+    def from_buffer(self, source: object, /) -> Any: ...
+    def new(self, ctype: str, init: object = ..., /) -> Any: ...
+    def release(self, cdata: object, /) -> None: ...
+    def sizeof(self, ctype: str, /) -> int: ...
+    def typeof(self, ctype: str, /) -> Any: ...
+
+ffi: _FFI
+lib: _Lib

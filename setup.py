@@ -1,0 +1,14 @@
+"""What pyproject.toml cannot say: cffi's keyword and the tag of the wheel."""
+
+import sysconfig
+
+from setuptools import setup
+
+# cffi compiles against the limited API of Python 3.11, so that one wheel serves
+# all later versions; the free-threaded build has no such API yet.
+free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+setup(
+    cffi_modules=["aioummu/_abi_build.py:ffibuilder"],
+    options={} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp311"}},
+)
