@@ -6,6 +6,7 @@ waits reads afterwards, so that a cancelled wait loses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -271,19 +272,20 @@ class _ThreadSignals:
         self._newly_blocked = set(self._SIGNALS) - before
 
     async def receive(self) -> None:
-        await anyio.wait_readable(self._fd)
-        self._take()
+        with contextlib.suppress(anyio.ClosedResourceError):
+            await anyio.wait_readable(self._fd)
+            self._take()
 
     def close(self) -> None:
         # One that is still pending would kill the process when unblocked.
         self._take()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._newly_blocked)
+        # The waiter's cancellation may be under way, and the loop polling still.
         fd, self._fd = self._fd, -1
+        anyio.notify_closing(fd)
         os.close(fd)
 
     def _take(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             while os.read(self._fd, 64 * self._SIGINFO_SIZE):
                 pass
-        except BlockingIOError:
-            pass
