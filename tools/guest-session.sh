@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: MIT
 #
-# What runs inside the guest, as root, started by tools/guest.py: prepare the
-# copy-on-write view, load the module, run the command, unload the module.
+# What runs inside the guest, as root, started by tools/guest-init.sh on its view of
+# the host: load the module, run the command, unload the module.
 #
 # $1 is the scratch folder, the only place whose changes reach the host:
 #   session.env  in:  the variables below, quoted for the shell
@@ -19,23 +19,28 @@ scratch=$1
 # Every fork costs some 20 ms in an emulated guest, and every program of the host's
 # that is started 200: hence the shell's own means below wherever they will do.
 
-# A port of its own for what the command says on stderr: virtme-ng sends its own
-# stderr port to the same place as the kernel's console, which is kept as a log.
-for port in /sys/class/virtio-ports/*; do
-	name=
-	[ -e "$port/name" ] && read -r name <"$port/name"
-	if [ "$name" = aioummu.stderr ]; then
-		exec 2>"/dev/${port##*/}"
-	fi
+# Ports of their own for stdout and stderr: the console is the kernel's.  The host
+# announces them when the driver asks, which may take a moment.
+stdout='' stderr=''
+for ((tries = 0; tries < 500; tries++)); do
+	for port in /sys/class/virtio-ports/*; do
+		name=
+		[ -e "$port/name" ] && read -r name <"$port/name"
+		case $name in
+		virtme.stdout) stdout=/dev/${port##*/} ;;
+		aioummu.stderr) stderr=/dev/${port##*/} ;;
+		esac
+	done
+	[ -n "$stdout" ] && [ -n "$stderr" ] && break
+	sleep 0.02
 done
+exec >"$stdout" 2>"$stderr" </dev/null
 
 phase() {
 	echo "$*" >>"$scratch/phases"
 	echo "<6>aioummu-guest: $*" >/dev/kmsg
 }
 
-# The overlay's root comes without the sticky, world-writable mode of /tmp.
-chmod 1777 /tmp
 # An unprivileged user has to reach the interpreter, even below a private home.
 if [ ${#private[@]} -gt 0 ]; then
 	chmod o+x "${private[@]}"
@@ -46,10 +51,11 @@ phase up "$uptime"
 
 if [ -n "$module" ]; then
 	udev=
-	if [ -n "$rule" ] && [ -S /run/udev/control ]; then
-		# The real thing where udevd is there ...
+	udevd=/lib/systemd/systemd-udevd
+	if [ -n "$rule" ] && [ -x "$udevd" ]; then
+		# The real thing where the host has udevd ...
 		mkdir -p /run/udev/rules.d
-		cp "$rule" /run/udev/rules.d/ && udevadm control --reload && udev=yes
+		cp "$rule" /run/udev/rules.d/ && "$udevd" --daemon 2>/dev/null && udev=yes
 	fi
 	insmod "$module" 2>"$scratch/insmod.err"
 	rc=$?

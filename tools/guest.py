@@ -30,6 +30,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import re
 import shlex
@@ -47,6 +48,7 @@ from typing import IO
 
 PROJECT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("AIOUMMU_GUEST_CACHE", PROJECT / ".cache" / "guest"))
+INIT = Path(__file__).resolve().parent / "guest-init.sh"
 SESSION = Path(__file__).resolve().parent / "guest-session.sh"
 
 EXIT_MISSING = 96
@@ -735,7 +737,7 @@ COMPLAINTS = tuple(
 HARMLESS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"\b(virtme-ng-init|virtme-init|virtme initramfs|aioummu-guest): ",
+        r"\b(virtme-ng-init|virtme-init|virtme initramfs|aioummu-guest|aioummu-init): ",
         r"\bkfence: initialized\b",
         r"Command line: ",
         r"^\S*\s*Unknown kernel command line parameters",
@@ -790,15 +792,6 @@ class Options:
     results: Path | None = None
 
 
-# Hardware that QEMU's machine has and no test needs: a third of the boot would be
-# udev loading the drivers for it.
-UNUSED_DRIVERS = (
-    "aesni_intel,ahci,cryptd,crc32_pclmul,crct10dif_pclmul,evdev,ghash_clmulni_intel,i2c_i801,"
-    "i6300esb,iTCO_wdt,kvm,kvm_amd,kvm_intel,libata,lpc_ich,pcspkr,polyval_clmulni,powernow_k8,"
-    "psmouse,serio_raw,sg,sha1_ssse3,sha256_ssse3,sha512_ssse3,sr_mod"
-)
-
-
 def kernel_options(kvm: bool) -> list[str]:
     """The command line of the guest: every failure ends it, and is seen."""
     patience = 60 if kvm else 120
@@ -811,19 +804,67 @@ def kernel_options(kvm: bool) -> list[str]:
         f"sysctl.kernel.hung_task_timeout_secs={patience}",
         f"sysctl.kernel.watchdog_thresh={patience // 2}",
         f"rcupdate.rcu_cpu_stall_timeout={patience}",
-        f"module_blacklist={UNUSED_DRIVERS}",
     ]
 
 
-def overlays() -> list[str]:
-    """Folders that the guest may write to, without the host seeing any of it."""
-    folders = [
-        f"/{name}"
-        for name in ("etc", "home", "opt", "root", "srv", "tmp", "usr", "var")
+# What the guest needs before it sees the host's file system.
+INITRAMFS_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
+
+
+def module_order(dependencies: str, wanted: Sequence[str]) -> list[str]:
+    """The files to load, in order, for some modules, from a modules.dep.
+
+    A module that is not there is built into the kernel.
+    """
+    table = {}
+    for line in dependencies.splitlines():
+        path, _, needs = line.partition(":")
+        table[path] = needs.split()
+    by_name = {Path(path).name.split(".")[0].replace("-", "_"): path for path in table}
+    order: list[str] = []
+    for name in wanted:
+        if name in by_name:
+            # modules.dep lists what a module needs with the deepest last.
+            needed = (*reversed(table[by_name[name]]), by_name[name])
+            order += [path for path in needed if path not in order]
+    return order
+
+
+def cpio_entry(name: str, mode: int, data: bytes = b"") -> bytes:
+    """One member of an initramfs (the "newc" format)."""
+    raw = name.encode() + b"\0"
+    fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(raw), 0)
+    header = b"070701" + b"".join(b"%08x" % field for field in fields)
+    entry = header + raw
+    entry += bytes(-len(entry) % 4)
+    return entry + data + bytes(-len(data) % 4)
+
+
+def initramfs(kernel: Kernel) -> bytes:
+    """The initramfs of a guest: busybox, our init, and the modules to see the host."""
+    busybox = find_program("busybox")
+    assert busybox is not None
+    program = Path(busybox).read_bytes()
+    if b"/ld-linux" in program[:4096]:
+        raise MissingError(missing_message(["busybox-static"]))
+    folder = kernel.home / "root" / "lib" / "modules" / kernel.release
+    dependencies = (folder / "modules.dep").read_text(encoding="utf-8")
+    archive = [
+        cpio_entry("bin", 0o040755),
+        cpio_entry("bin/busybox", 0o100755, program),
+        cpio_entry("init", 0o100755, INIT.read_bytes()),
+        cpio_entry("modules", 0o040755),
     ]
-    if not any(PROJECT.is_relative_to(folder) for folder in folders):
-        folders.append(str(PROJECT))
-    return [folder for folder in folders if Path(folder).is_dir()]
+    names = []
+    for path in module_order(dependencies, INITRAMFS_MODULES):
+        data = (folder / path).read_bytes()
+        names.append(Path(path).name.split(".")[0] + ".ko")
+        data = lzma.decompress(data) if path.endswith(".xz") else data
+        archive.append(cpio_entry(f"modules/{names[-1]}", 0o100644, data))
+    order = "".join(f"{name}\n" for name in names)
+    archive.append(cpio_entry("modules/order", 0o100644, order.encode()))
+    archive.append(cpio_entry("TRAILER!!!", 0))
+    return b"".join(archive)
 
 
 def virtme_command(
@@ -832,12 +873,11 @@ def virtme_command(
     """The command that boots the guest."""
     virtme = find_virtme()
     assert virtme is not None
-    command = [virtme, "--kimg", str(kernel.home / kernel.image), "--mods=auto"]
+    command = [virtme, "--kimg", str(kernel.home / kernel.image), "--mods=none"]
     command += ["--disable-monitor", "--show-boot-console", "--force-9p"]
     command += ["--cpus", "1" if options.icount else str(options.cpus)]
     command += ["--memory", options.memory]
     command += [f"--rwdir={scratch}"]
-    command += [f"--overlay-rwdir={folder}" for folder in overlays()]
     if not kvm:
         command += ["--disable-kvm", "-q=-machine", "-q=q35,sata=off,smbus=off"]
     command += ["-q=-nodefaults"]
@@ -845,10 +885,16 @@ def virtme_command(
     command += ["-q=-device", "-q=virtserialport,name=aioummu.stderr,chardev=aioummu"]
     if options.icount:
         command += ["-q=-icount", "-q=shift=0,sleep=off"]
-    for option in (*kernel_options(kvm), *options.kopts):
+    # Of two -initrd QEMU takes the last.
+    command += ["-q=-initrd", f"-q={scratch / 'initramfs'}"]
+    modules = kernel.home / "root" / "lib" / "modules" / kernel.release
+    session = [f"aioummu_scratch={scratch}", f"aioummu_session={SESSION}"]
+    session += [f"aioummu_modules={modules}"]
+    for option in (*kernel_options(kvm), *session, *options.kopts):
         command += ["--kopt", option]
-    script = f"bash {shlex.quote(str(SESSION))} {shlex.quote(str(scratch))}"
-    return [*command, "--script-sh", script]
+    # Not to be run: our init does not look at it.  It makes virtme-ng set up the
+    # machine for a command rather than for a terminal.
+    return [*command, "--script-sh", "true"]
 
 
 def kvm_works(kernel: Kernel) -> bool:
@@ -989,14 +1035,13 @@ def session_variables(options: Options, module: Path | None, rule: Path | None) 
         "rule": str(rule or ""),
     }
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in variables.items()]
-    # The root of an overlay is open to everybody already.
-    private = closed_folders([project_python().resolve(), PROJECT], overlays())
+    private = closed_folders([project_python().resolve(), PROJECT])
     return "".join([*lines, f"private=({shlex.join(private)})\n"])
 
 
-def closed_folders(paths: Sequence[Path], opened: Sequence[str]) -> list[str]:
+def closed_folders(paths: Sequence[Path]) -> list[str]:
     """The folders above some paths that only their owner can pass through."""
-    parents = {str(parent) for path in paths for parent in path.parents} - set(opened)
+    parents = {str(parent) for path in paths for parent in path.parents}
     return sorted(name for name in parents if not os.stat(name).st_mode & 0o001)
 
 
@@ -1054,6 +1099,7 @@ def run(
         (scratch / "session.env").write_text(variables, encoding="utf-8")
         text = command_script(kernel, options, command, scratch)
         (scratch / "command.sh").write_text(text, encoding="utf-8")
+        (scratch / "initramfs").write_bytes(initramfs(kernel))
         how = "KVM" if kvm else "TCG, instruction counting" if options.icount else "TCG"
         progress.say(f"booting Linux {kernel.release} ({how}) ...")
         timed_out = boot(
