@@ -103,7 +103,7 @@ class PipeDevice:
             self._receiver = -1
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], object]) -> None:
     """Let other tasks run until the condition holds."""
     with anyio.fail_after(LIMIT):
         while not condition():
