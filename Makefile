@@ -53,13 +53,24 @@ test-host: $(INSTALLED)
 	@echo "== tests on this machine"
 	$(BIN)/python -m pytest
 
-test-guest: $(addprefix test-guest-,$(KERNELS))
+test-guest: $(addprefix test-guest-,$(KERNELS)) test-mutants
 
 test-kernels: $(addprefix test-guest-,$(ALL_KERNELS))
 
 test-guest-%: $(INSTALLED)
-	@echo "== Linux $*: driver selftests and the library on the real device"
-	tools/guest-suite.sh $(BIN)/python $*
+	@echo "== Linux $*: the driver's selftests"
+	$(MAKE) -C kmod/selftests
+	$(GUEST) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 -- kmod/selftests/run.sh
+	@echo "== Linux $*: the library on the real device"
+	$(GUEST) pytest $* -- --device -m device
+
+# Do the selftests notice a broken driver?
+test-mutants: $(INSTALLED)
+	@echo "== broken drivers on Linux $(CHECK_KERNEL)"
+	$(MAKE) -C kmod/selftests
+	kdir=$$($(GUEST) kdir $(CHECK_KERNEL)) && \
+		kmod/selftests/mutants.sh make $(CURDIR)/.cache/mutants "$$kdir"
+	$(GUEST) run $(CHECK_KERNEL) -- kmod/selftests/mutants.sh run $(CURDIR)/.cache/mutants
 
 demo: $(INSTALLED)
 	$(GUEST) run $(CHECK_KERNEL) --module -- $(BIN)/python examples/watch_buffers.py
@@ -94,4 +105,5 @@ clean:
 	rm -rf .cache/sparse .cache/bench .cache/guest/build build dist *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help test check lint check-kmod test-host test-guest test-kernels demo bench setup clean
+.PHONY: help test check lint check-kmod test-host test-guest test-mutants test-kernels \
+	demo bench setup clean
