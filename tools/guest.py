@@ -7,7 +7,8 @@ machine down, and four kernel series are to be tested.  So each kernel is unpack
 from Debian's own packages into ``.cache/guest/`` (nothing is installed, nothing
 touches /boot), the module is built against its headers, and virtme-ng boots it on
 a copy-on-write view of this very file system: the project, its virtual environment
-and the compiler's output are all there, at the same paths.
+and the compiler's output are all there, at the same paths.  What a command writes
+is gone with the guest, but for the folder $AIOUMMU_GUEST_SCRATCH and its output.
 
     guest.py setup                          what this machine lacks (apt, as root)
     guest.py fetch 6.1 6.12                 kernels into the cache
@@ -41,10 +42,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 PROJECT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("AIOUMMU_GUEST_CACHE", PROJECT / ".cache" / "guest"))
@@ -100,7 +103,6 @@ TOOLS = (
     Tool("busybox", "busybox-static", "run"),
     Tool("file", "file", "run"),
     Tool("setpriv", "util-linux", "run"),
-    Tool("ip", "iproute2", "run"),
 )
 
 # Without a program to look for: objtool of the kernel's build needs the library,
@@ -121,7 +123,7 @@ def missing_message(packages: Sequence[str], others: Sequence[str] = ()) -> str:
         names = " ".join(sorted(set(packages)))
         lines.append(f"missing Debian packages: {names}")
         lines.append(f"  run: sudo apt-get install --no-install-recommends {names}")
-        lines.append(f"  or:  sudo {sys.executable} {Path(__file__).name} setup")
+        lines.append(f"  or:  sudo {sys.executable} tools/guest.py setup")
     lines.extend(others)
     return "\n".join(lines)
 
@@ -146,7 +148,8 @@ def require_space(folder: Path, megabytes: int) -> None:
     free = shutil.disk_usage(folder).free // 2**20
     if free < megabytes:
         raise MissingError(
-            f"not enough disk space: {megabytes} MB wanted below {folder}, {free} MB free"
+            f"not enough disk space below {folder}: "
+            f"{megabytes} MB wanted, {free} MB free"
         )
 
 
@@ -176,7 +179,7 @@ class Progress:
 def locked(name: str) -> Iterator[None]:
     """Keep a second harness on this project from writing the same folder."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / f"{name}.lock", "w", encoding="utf-8") as file:
+    with (CACHE / f"{name}.lock").open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -201,7 +204,7 @@ def give_back(path: Path) -> None:
     os.lchown(path, owner.st_uid, owner.st_gid)
     for folder, folders, files in os.walk(path):
         for name in folders + files:
-            os.lchown(os.path.join(folder, name), owner.st_uid, owner.st_gid)
+            os.lchown(Path(folder, name), owner.st_uid, owner.st_gid)
 
 
 # --------------------------------------------------------------------------
@@ -247,8 +250,9 @@ SERIES = {
 
 # What `make` and gcc of a sandbox need besides what the header package depends on.
 SANDBOX_PACKAGES = (
-    "base-files bash binutils coreutils dash diffutils findutils gawk gcc grep libc-bin make sed"
-).split()
+    *("base-files", "bash", "binutils", "coreutils", "dash", "diffutils", "findutils"),
+    *("gawk", "gcc", "grep", "libc-bin", "make", "sed"),
+)
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
@@ -292,8 +296,8 @@ def parse_targets(text: str, codename: str) -> tuple[str, str]:
     main = targets.get(codename)
     if main is None:
         raise MissingError(
-            f"this machine's apt sources have no Debian archive for {codename!r}: the kernels\n"
-            "to test on are Debian's; add the archive to /etc/apt/sources.list.d"
+            f"this machine's apt sources have no Debian archive for {codename!r}:\n"
+            "the kernels to test on are Debian's; add it to /etc/apt/sources.list.d"
         )
     security = targets.get(f"{codename}-security")
     if security is None:
@@ -302,7 +306,7 @@ def parse_targets(text: str, codename: str) -> tuple[str, str]:
 
 
 def apt_sources(series: Series, main: str, security: str) -> str:
-    """The one-line sources of one Debian release."""
+    """Give the one-line sources of one Debian release."""
     options = f"[signed-by={KEYRING}] " if KEYRING.exists() else ""
     lines = [f"deb {options}{main} {series.release} main"]
     if series.security:
@@ -332,7 +336,7 @@ class Apt:
         self.series = series
 
     def options(self) -> list[str]:
-        """The options that turn apt away from the machine's own state."""
+        """Give the options that turn apt away from the machine's own state."""
         settings = {
             "Dir::Etc::sourcelist": self.folder / "sources.list",
             "Dir::Etc::sourceparts": "/dev/null",
@@ -363,8 +367,8 @@ class Apt:
         )
         if result.returncode != 0:
             raise MissingError(
-                f"{program} {arguments[0]} for Debian {self.series.release} failed: no network, or "
-                "this machine's mirror does not carry that release\n"
+                f"{program} {arguments[0]} for Debian {self.series.release} failed: "
+                "no network, or this machine's mirror does not carry that release\n"
                 + result.stderr.strip()
             )
         return result.stdout
@@ -372,7 +376,7 @@ class Apt:
     def update(self) -> None:
         """Fetch the package lists of the release."""
         os_release = Path("/etc/os-release").read_text(encoding="utf-8")
-        codename = re.search(r"^VERSION_CODENAME=\"?([a-z]+)", os_release, re.M)
+        codename = re.search(r"^VERSION_CODENAME=\"?([a-z]+)", os_release, re.MULTILINE)
         targets = subprocess.run(
             [
                 "apt-get",
@@ -397,13 +401,13 @@ class Apt:
         self.call("apt-get", "update", "-oAPT::Update::Error-Mode=any")
 
     def show(self, package: str) -> tuple[str, str]:
-        """The version and the dependencies of the candidate of a package."""
+        """Look up the version and the dependencies of the candidate of a package."""
         text = self.call("apt-cache", "show", "--no-all-versions", package)
-        fields = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", text, re.M))
+        fields = dict(re.findall(r"^([A-Z][\w-]*): (.*)$", text, re.MULTILINE))
         return fields["Version"], fields.get("Depends", "")
 
     def closure(self, package: str, kinds: str) -> list[str]:
-        """The kernel packages that a metapackage stands for."""
+        """List the kernel packages that a metapackage stands for."""
         found: list[str] = []
         queue = [package]
         while queue:
@@ -470,15 +474,15 @@ def make_relocatable(root: Path, release: str) -> Path:
         for entry in (
             folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
         ):
-            if entry.is_symlink() and os.readlink(entry).startswith("/usr/"):
-                target = root / os.readlink(entry).lstrip("/")
+            if entry.is_symlink() and str(entry.readlink()).startswith("/usr/"):
+                target = root / str(entry.readlink()).lstrip("/")
                 entry.unlink()
                 entry.symlink_to(os.path.relpath(target, folder))
     return kdir
 
 
 def load_kernel(name: str) -> Kernel | None:
-    """The unpacked kernel of a series, if there is one."""
+    """Look up the unpacked kernel of a series, if there is one."""
     series_named(name)
     try:
         text = (CACHE / "kernels" / name / "kernel.json").read_text(encoding="utf-8")
@@ -519,7 +523,8 @@ def fetch(name: str, refresh: bool = False) -> Kernel:
         give_back(CACHE / "apt")
         give_back(kernel.home)
     progress.say(
-        f"Linux {kernel.release} ({kernel.version}) unpacked in {progress.elapsed:.0f} s"
+        f"Linux {kernel.release} ({kernel.version}) unpacked "
+        f"in {progress.elapsed:.0f} s"
     )
     return kernel
 
@@ -579,7 +584,7 @@ def prepare_sandbox(root: Path) -> None:
 
 
 def source_digest(source: Path, arguments: Sequence[str]) -> str:
-    """A digest of everything that a build depends on, to know a fresh module."""
+    """Digest everything that a build depends on, to know a fresh module."""
     digest = hashlib.sha256(json.dumps([str(a) for a in arguments]).encode())
     for path in sorted(source.rglob("*")):
         if path.is_file():
@@ -588,7 +593,7 @@ def source_digest(source: Path, arguments: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def ignore_outputs(folder: str, names: list[str]) -> set[str]:
+def ignore_outputs(_folder: str, names: list[str]) -> set[str]:
     """Leave out what somebody's own build made: a copy is always built from scratch."""
     endings = (".o", ".ko", ".mod", ".mod.c", ".cmd", ".o.d")
     others = ("Module.symvers", "modules.order", "__pycache__", ".tmp_versions")
@@ -602,14 +607,14 @@ def compiler_arguments(kernel: Kernel) -> list[str]:
     variables = (kernel.home / kernel.kdir / ".kernelvariables").read_text(
         encoding="utf-8"
     )
-    wanted = re.search(r"^CC\s*=.*?(gcc-\d+)\s*$", variables, re.M)
+    wanted = re.search(r"^CC\s*=.*?(gcc-\d+)\s*$", variables, re.MULTILINE)
     if wanted and find_program(wanted.group(1)):
         return []
     return ["CC=gcc"]
 
 
 def build_command(kernel: Kernel, copy: Path, arguments: Sequence[str]) -> list[str]:
-    """The command that builds the module in its copy."""
+    """Give the command that builds the module in its copy."""
     if not kernel.sandbox:
         kdir = kernel.home / kernel.kdir
         make = ["make", "-C", str(copy), f"KDIR={kdir}"]
@@ -620,13 +625,26 @@ def build_command(kernel: Kernel, copy: Path, arguments: Sequence[str]) -> list[
     kdir_inside = "/" + str(Path(kernel.kdir).relative_to(kernel.sandbox))
     inside = ["make", "-C", "/build", f"KDIR={kdir_inside}", *arguments]
     script = (
-        'mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" && mount --bind "$2" "$1/build" && '
+        'mount --rbind /dev "$1/dev" && mount --rbind /proc "$1/proc" && '
+        'mount --bind "$2" "$1/build" && '
         'root=$1 && shift 2 && exec chroot "$root" /usr/bin/env -i '
         'PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C "$@"'
     )
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     head = ["unshare", *user, "--mount", "--propagation=private", "sh", "-c", script]
     return [*head, "sandbox", str(root), str(copy), *inside]
+
+
+def build_folder(name: str, source: Path) -> Path:
+    """Give the folder for building some sources against a kernel.
+
+    Sources other than the project's, a mutant of the driver say, have one of their
+    own: a guest of the real one may be about to start.
+    """
+    if source == PROJECT / "kmod":
+        return CACHE / "build" / name
+    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
+    return CACHE / "build" / f"{name}-{source.name}-{digest}"
 
 
 def build(
@@ -645,7 +663,7 @@ def build(
     if not (source / "Makefile").exists():
         raise ModuleError(f"no module source in {source}")
     progress = Progress(name)
-    folder = CACHE / "build" / name
+    folder = build_folder(name, source)
     with locked(f"build-{name}"):
         copy = folder / "kmod"
         stamp = folder / "stamp"
@@ -672,9 +690,10 @@ def build(
             text=True,
             env={**environment, "LC_ALL": "C"},
         ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                warnings += bool(re.search(r"\bwarning:|^WARNING: ", line, re.I))
+            for line in process.stdout or ():
+                warnings += bool(
+                    re.search(r"\bwarning:|^WARNING: ", line, re.IGNORECASE)
+                )
                 sys.stderr.write(line)
         give_back(folder)
         if process.returncode != 0:
@@ -685,7 +704,8 @@ def build(
         stamp.write_text(f"{digest} {warnings}\n", encoding="utf-8")
         give_back(folder)
     progress.say(
-        f"module built against {kernel.release} in {progress.elapsed:.0f} s, {warnings} warnings"
+        f"module built against {kernel.release} in {progress.elapsed:.0f} s, "
+        f"{warnings} warnings"
     )
     if strict and warnings:
         raise ModuleError(
@@ -695,7 +715,7 @@ def build(
 
 
 def only_module(folder: Path) -> Path:
-    """The one .ko of a build."""
+    """Find the one .ko of a build."""
     modules = sorted(folder.glob("*.ko"))
     if len(modules) != 1:
         raise ModuleError(f"expected one module in {folder}, found {len(modules)}")
@@ -725,7 +745,8 @@ COMPLAINTS = tuple(
         r"\brcu\w*:? .*\bstall(s|ed)?\b",
         r"Objects remaining (in|on) |Slab cache still has objects",
         r"\bkmem_cache_destroy\b.*\bobjects\b",
-        r"possible (circular|recursive) locking|inconsistent lock state|suspicious RCU usage",
+        r"possible (circular|recursive) locking|inconsistent lock state",
+        r"suspicious RCU usage",
         r"\brefcount_t: ",
         r"\bunreferenced object\b",
         r"\bunable to handle\b.*\b(page fault|NULL pointer)",
@@ -740,17 +761,16 @@ HARMLESS = tuple(
         r"\b(virtme-ng-init|virtme-init|virtme initramfs|aioummu-guest|aioummu-init): ",
         r"\bkfence: initialized\b",
         r"Command line: ",
-        r"^\S*\s*Unknown kernel command line parameters",
+        r"Unknown kernel command line parameters ",
     )
 )
 
 
 def scan_log(text: str, allow: Sequence[str] = ()) -> list[str]:
-    """The lines of a kernel log that fail a run."""
+    """Pick the lines of a kernel log that fail a run."""
     allowed = [re.compile(pattern) for pattern in allow]
     found = []
-    for line in text.splitlines():
-        line = line.rstrip()
+    for line in map(str.rstrip, text.splitlines()):
         if not any(pattern.search(line) for pattern in COMPLAINTS):
             continue
         if not any(pattern.search(line) for pattern in (*HARMLESS, *allowed)):
@@ -764,7 +784,7 @@ def scan_log(text: str, allow: Sequence[str] = ()) -> list[str]:
 
 
 def find_virtme() -> str | None:
-    """virtme-run, beside this interpreter, in the project's environment or on PATH."""
+    """Find virtme-run: beside this interpreter, in the project's .venv, on PATH."""
     for folder in (Path(sys.executable).parent, PROJECT / ".venv" / "bin"):
         if (folder / "virtme-run").exists():
             return str(folder / "virtme-run")
@@ -772,7 +792,7 @@ def find_virtme() -> str | None:
 
 
 def project_python() -> Path:
-    """The interpreter of the project's environment, or else this one."""
+    """Find the interpreter of the project's environment, or else this one."""
     python = PROJECT / ".venv" / "bin" / "python"
     return python if python.exists() else Path(sys.executable)
 
@@ -781,6 +801,11 @@ def project_python() -> Path:
 class Options:
     """How a guest is to be run."""
 
+    module: bool = False
+    """Build the driver, load it before the command, and unload it afterwards."""
+    source: Path = PROJECT / "kmod"
+    bring: tuple[str, ...] = ()
+    """Files of the scratch folder that are kept with the results."""
     cpus: int = min(2, os.cpu_count() or 1)
     memory: str = "2G"
     timeout: float = 900.0
@@ -793,7 +818,7 @@ class Options:
 
 
 def kernel_options(kvm: bool) -> list[str]:
-    """The command line of the guest: every failure ends it, and is seen."""
+    """Give the command line of the guest: every failure ends it, and is seen."""
     patience = 60 if kvm else 120
     return [
         "loglevel=8",
@@ -812,7 +837,7 @@ INITRAMFS_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "over
 
 
 def module_order(dependencies: str, wanted: Sequence[str]) -> list[str]:
-    """The files to load, in order, for some modules, from a modules.dep.
+    """List the files to load, in order, for some modules, from a modules.dep.
 
     A module that is not there is built into the kernel.
     """
@@ -831,7 +856,7 @@ def module_order(dependencies: str, wanted: Sequence[str]) -> list[str]:
 
 
 def cpio_entry(name: str, mode: int, data: bytes = b"") -> bytes:
-    """One member of an initramfs (the "newc" format)."""
+    """Pack one member of an initramfs (the "newc" format)."""
     raw = name.encode() + b"\0"
     fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(raw), 0)
     header = b"070701" + b"".join(b"%08x" % field for field in fields)
@@ -841,10 +866,8 @@ def cpio_entry(name: str, mode: int, data: bytes = b"") -> bytes:
 
 
 def initramfs(kernel: Kernel) -> bytes:
-    """The initramfs of a guest: busybox, our init, and the modules to see the host."""
-    busybox = find_program("busybox")
-    assert busybox is not None
-    program = Path(busybox).read_bytes()
+    """Pack a guest's initramfs: busybox, our init, the modules to see the host."""
+    program = Path(find_program("busybox") or "busybox").read_bytes()
     if b"/ld-linux" in program[:4096]:
         raise MissingError(missing_message(["busybox-static"]))
     folder = kernel.home / "root" / "lib" / "modules" / kernel.release
@@ -867,20 +890,30 @@ def initramfs(kernel: Kernel) -> bytes:
     return b"".join(archive)
 
 
-def virtme_command(
-    kernel: Kernel, options: Options, scratch: Path, kvm: bool, stderr_port: int
-) -> list[str]:
-    """The command that boots the guest."""
-    virtme = find_virtme()
-    assert virtme is not None
+@dataclass(frozen=True)
+class Guest:
+    """One run: a kernel, how to run it, and the folder that both sides write to."""
+
+    kernel: Kernel
+    options: Options
+    scratch: Path
+    kvm: bool
+
+
+def virtme_command(guest: Guest, stderr_port: int) -> list[str]:
+    """Give the command that boots the guest."""
+    kernel, options, scratch = guest.kernel, guest.options, guest.scratch
+    virtme = find_virtme() or "virtme-run"
     command = [virtme, "--kimg", str(kernel.home / kernel.image), "--mods=none"]
     command += ["--disable-monitor", "--show-boot-console", "--force-9p"]
     command += ["--cpus", "1" if options.icount else str(options.cpus)]
     command += ["--memory", options.memory]
     command += [f"--rwdir={scratch}"]
-    if not kvm:
-        command += ["--disable-kvm", "-q=-machine", "-q=q35,sata=off,smbus=off"]
+    # One machine for all, with PCI for our modules and little to probe for.
+    command += ["--disable-microvm", "-q=-machine", "-q=q35,sata=off,smbus=off"]
     command += ["-q=-nodefaults"]
+    if not guest.kvm:
+        command += ["--disable-kvm"]
     command += ["-q=-chardev", f"-q=file,id=aioummu,path=/proc/self/fd/{stderr_port}"]
     command += ["-q=-device", "-q=virtserialport,name=aioummu.stderr,chardev=aioummu"]
     if options.icount:
@@ -890,7 +923,7 @@ def virtme_command(
     modules = kernel.home / "root" / "lib" / "modules" / kernel.release
     session = [f"aioummu_scratch={scratch}", f"aioummu_session={SESSION}"]
     session += [f"aioummu_modules={modules}"]
-    for option in (*kernel_options(kvm), *session, *options.kopts):
+    for option in (*kernel_options(guest.kvm), *session, *options.kopts):
         command += ["--kopt", option]
     # Not to be run: our init does not look at it.  It makes virtme-ng set up the
     # machine for a command rather than for a terminal.
@@ -951,7 +984,7 @@ def kvm_works(kernel: Kernel) -> bool:
 
 
 def parse_phases(text: str) -> dict[str, str]:
-    """What the guest got done: a name and a value a line, the last may be torn."""
+    """Read what the guest got done: a name and a value a line, the last may be torn."""
     phases = {}
     for line in text.splitlines(keepends=True):
         name, _, value = line.partition(" ")
@@ -1007,12 +1040,11 @@ def judge(
     return Outcome(status, tuple(reasons))
 
 
-def copy_stream(source: IO[bytes], sinks: Sequence[IO[bytes]]) -> None:
+def copy_stream(source: IO[bytes] | None, sink: IO[bytes]) -> None:
     """Pass on what arrives, as it arrives."""
-    while data := os.read(source.fileno(), 65536):
-        for sink in sinks:
-            sink.write(data)
-            sink.flush()
+    while source is not None and (data := os.read(source.fileno(), 65536)):
+        sink.write(data)
+        sink.flush()
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -1026,11 +1058,11 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def session_variables(options: Options, module: Path | None, rule: Path | None) -> str:
-    """The variables that the session in the guest reads."""
+def session_variables(user: str, module: Path | None, rule: Path | None) -> str:
+    """Quote the variables that the session in the guest reads."""
     variables = {
         "cwd": str(Path.cwd()),
-        "user": options.user,
+        "user": user,
         "module": str(module or ""),
         "rule": str(rule or ""),
     }
@@ -1040,25 +1072,26 @@ def session_variables(options: Options, module: Path | None, rule: Path | None) 
 
 
 def closed_folders(paths: Sequence[Path]) -> list[str]:
-    """The folders above some paths that only their owner can pass through."""
+    """Find the folders above some paths that only their owner can pass through."""
     parents = {str(parent) for path in paths for parent in path.parents}
-    return sorted(name for name in parents if not os.stat(name).st_mode & 0o001)
+    return sorted(name for name in parents if not Path(name).stat().st_mode & 0o001)
 
 
-def command_script(
-    kernel: Kernel, options: Options, command: Sequence[str], scratch: Path
-) -> str:
-    """The command with its environment, for bash in the guest."""
+def command_script(guest: Guest, command: Sequence[str]) -> str:
+    """Quote the command with its environment, for bash in the guest."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name in ("PATH", "LANG", "VIRTUAL_ENV", "CI")
         or name.startswith(("AIOUMMU_", "PYTEST_"))
     }
+    series, options = guest.kernel.series, guest.options
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    environment["AIOUMMU_GUEST"] = kernel.series
-    environment["AIOUMMU_GUEST_SCRATCH"] = str(scratch)
-    environment["AIOUMMU_GUEST_KMOD"] = str(CACHE / "build" / kernel.series / "kmod")
+    environment["AIOUMMU_GUEST"] = series
+    environment["AIOUMMU_GUEST_SCRATCH"] = str(guest.scratch)
+    if options.module:
+        kmod = build_folder(series, options.source) / "kmod"
+        environment["AIOUMMU_GUEST_KMOD"] = str(kmod)
     environment.update(options.environment or {})
     lines = [
         f"export {name}={shlex.quote(value)}" for name, value in environment.items()
@@ -1066,59 +1099,46 @@ def command_script(
     return "\n".join([*lines, f"exec {shlex.join(command)}", ""])
 
 
-def run(
-    name: str,
-    command: Sequence[str],
-    options: Options,
-    module: bool = False,
-    source: Path = PROJECT / "kmod",
-    bring: Sequence[str] = (),
-) -> int:
-    """Boot a kernel, run a command in it, and judge the outcome.
+def prepare(guest: Guest, command: Sequence[str]) -> None:
+    """Write into the scratch folder what the guest reads from it."""
+    scratch, options = guest.scratch, guest.options
+    # Whoever the command runs as, it may write there.
+    scratch.chmod(0o777)
+    (scratch / "host").mkdir()
+    module = rule = None
+    if options.module:
+        built = build(guest.kernel.series, options.source)
+        module = Path(shutil.copy(built, scratch))
+        for path in sorted(options.source.glob("*.rules"))[:1]:
+            rule = Path(shutil.copy(path, scratch))
+    variables = session_variables(options.user, module, rule)
+    (scratch / "session.env").write_text(variables, encoding="utf-8")
+    text = command_script(guest, command)
+    (scratch / "command.sh").write_text(text, encoding="utf-8")
+    (scratch / "initramfs").write_bytes(initramfs(guest.kernel))
 
-    ``bring`` names files of the scratch folder that are kept with the results.
-    """
+
+def run(name: str, command: Sequence[str], options: Options) -> int:
+    """Boot a kernel, run a command in it, and judge the outcome."""
     require("run")
     kernel = fetch(name)
-    built = build(name, source) if module else None
-    progress = Progress(name)
     kvm = not options.icount and kvm_works(kernel)
     results = options.results or CACHE / "results" / name
     results.mkdir(parents=True, exist_ok=True)
+    log = results / "console.log"
     (CACHE / "run").mkdir(exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=CACHE / "run"))
+    guest = Guest(kernel, options, scratch, kvm)
     try:
-        scratch.chmod(0o777)
-        (scratch / "host").mkdir()
-        inserted = rule = None
-        if built is not None:
-            inserted = Path(shutil.copy(built, scratch))
-            for path in sorted(source.glob("*.rules"))[:1]:
-                rule = Path(shutil.copy(path, scratch))
-        variables = session_variables(options, inserted, rule)
-        (scratch / "session.env").write_text(variables, encoding="utf-8")
-        text = command_script(kernel, options, command, scratch)
-        (scratch / "command.sh").write_text(text, encoding="utf-8")
-        (scratch / "initramfs").write_bytes(initramfs(kernel))
-        how = "KVM" if kvm else "TCG, instruction counting" if options.icount else "TCG"
+        prepare(guest, command)
+        progress = Progress(name)
+        how = "KVM" if kvm else "TCG, counting" if options.icount else "TCG"
         progress.say(f"booting Linux {kernel.release} ({how}) ...")
-        timed_out = boot(
-            kernel, options, scratch, kvm, results / "console.log", progress
-        )
-        log = (results / "console.log").read_text(encoding="utf-8", errors="replace")
-        phases_file = scratch / "phases"
-        phases = parse_phases(
-            phases_file.read_text(encoding="utf-8", errors="replace")
-            if phases_file.exists()
-            else ""
-        )
-        outcome = judge(
-            phases,
-            module,
-            scan_log(log, options.allow),
-            options.timeout if timed_out else None,
-        )
-        for file in bring:
+        ended = boot(guest, log, progress)
+        phases = {}
+        if (scratch / "phases").exists():
+            phases = parse_phases((scratch / "phases").read_text(errors="replace"))
+        for file in options.bring:
             remove_tree(results / file)
             if (scratch / file).is_dir():
                 shutil.copytree(scratch / file, results / file)
@@ -1127,34 +1147,29 @@ def run(
     finally:
         give_back(results)
         shutil.rmtree(scratch, ignore_errors=True)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    complaints = scan_log(text, options.allow)
+    outcome = judge(
+        phases, options.module, complaints, None if ended else options.timeout
+    )
     for reason in outcome.reasons:
         progress.say(reason)
     if outcome.status == EXIT_DIED and not phases:
-        progress.say(
-            "the last lines of its console:\n" + "\n".join(log.splitlines()[-15:])
-        )
+        progress.say("its last words:\n" + "\n".join(text.splitlines()[-15:]))
     if outcome.reasons:
-        progress.say(f"the whole log is in {results / 'console.log'}")
+        progress.say(f"the whole log is in {log}")
     progress.say(f"exit status {outcome.status} after {progress.elapsed:.0f} s")
     return outcome.status
 
 
-def boot(
-    kernel: Kernel,
-    options: Options,
-    scratch: Path,
-    kvm: bool,
-    log: Path,
-    progress: Progress,
-) -> bool:
-    """Run the guest to its end; true if it had to be killed at its time limit."""
+def boot(guest: Guest, log: Path, progress: Progress) -> bool:
+    """Run the guest to its end; false if it had to be killed at its time limit."""
     reader, writer = os.pipe()
-    command = virtme_command(kernel, options, scratch, kvm, writer)
-    environment = dict(os.environ, TMPDIR=str(scratch / "host"))
+    # What virtme-ng leaves behind when it is killed goes with the scratch folder.
+    environment = dict(os.environ, TMPDIR=str(guest.scratch / "host"))
     environment["PATH"] = f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    (CACHE / "last-command").write_text(shlex.join(command) + "\n", encoding="utf-8")
     process = subprocess.Popen(
-        command,
+        virtme_command(guest, writer),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -1163,39 +1178,37 @@ def boot(
         start_new_session=True,
     )
     os.close(writer)
-    assert process.stdout is not None and process.stderr is not None
-    with open(log, "wb") as log_file, os.fdopen(reader, "rb") as errors:
+    with log.open("wb") as log_file, os.fdopen(reader, "rb") as errors:
         threads = [
-            threading.Thread(target=copy_stream, args=(source, sinks), daemon=True)
-            for source, sinks in (
-                (process.stdout, [sys.stdout.buffer]),
-                (process.stderr, [log_file]),
-                (errors, [sys.stderr.buffer]),
+            threading.Thread(target=copy_stream, args=(source, sink), daemon=True)
+            for source, sink in (
+                (process.stdout, sys.stdout.buffer),
+                (process.stderr, log_file),
+                (errors, sys.stderr.buffer),
             )
         ]
         for thread in threads:
             thread.start()
         try:
-            timed_out = not wait_for(process, scratch, options.timeout, progress)
+            return wait_for(process, guest, progress)
         finally:
             if process.poll() is None:
                 kill_group(process)
             for thread in threads:
                 thread.join(10)
-    return timed_out
 
 
 def wait_for(
-    process: subprocess.Popen[bytes], scratch: Path, timeout: float, progress: Progress
+    process: subprocess.Popen[bytes], guest: Guest, progress: Progress
 ) -> bool:
     """Wait for the end of the guest, telling when it is up; false at the time limit."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + guest.options.timeout
     up = False
     while time.monotonic() < deadline:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
             return True
-        if not up and (scratch / "phases").exists():
+        if not up and (guest.scratch / "phases").exists():
             up = True
             progress.say(f"up after {progress.elapsed:.0f} s")
     return False
@@ -1258,7 +1271,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if "--" in head:
         cut = head.index("--")
         head, tail = head[:cut], head[cut + 1 :]
-    assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="guest.py",
         description=__doc__,
@@ -1373,8 +1385,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run_action(name: str, args: argparse.Namespace) -> int:
-    """The sub-commands `run` and `pytest`, for one kernel."""
+    """Do the sub-commands `run` and `pytest`, for one kernel."""
+    pytest = args.action == "pytest"
     options = Options(
+        module=pytest or args.module,
+        source=args.source.resolve(),
+        bring=("junit.xml",) if pytest else tuple(args.bring),
         cpus=args.cpus,
         memory=args.memory,
         timeout=args.timeout,
@@ -1385,14 +1401,14 @@ def run_action(name: str, args: argparse.Namespace) -> int:
         kopts=tuple(args.kopt),
         results=args.results.resolve() / name if args.results else None,
     )
-    source = args.source.resolve()
-    if args.action == "run":
-        return run(name, args.tail, options, args.module, source, args.bring)
-    # The scratch folder's name is known only in the guest.
-    command = f'exec {shlex.quote(str(project_python()))} -m pytest "$@" '
-    command += '-p no:cacheprovider --junitxml="$AIOUMMU_GUEST_SCRATCH/junit.xml"'
-    shell = ["bash", "-c", command, "pytest", *args.tail]
-    return run(name, shell, options, True, source, ["junit.xml"])
+    if not pytest:
+        return run(name, args.tail, options)
+    # Only the guest knows the name of its scratch folder.
+    command = (
+        f'exec {shlex.quote(str(project_python()))} -m pytest -p no:cacheprovider "$@" '
+        '--junitxml="$AIOUMMU_GUEST_SCRATCH/junit.xml"'
+    )
+    return run(name, ["bash", "-c", command, "pytest", *args.tail], options)
 
 
 def terminate(_number: int, _frame: object) -> None:
