@@ -99,8 +99,7 @@ class Notifier:
     """
 
     def __init__(self, device: DeviceLike, readiness: ReadinessKind = "poll") -> None:
-        self.closed = False
-        """Whether the notifier was closed."""
+        self._closed = False
         self._forked = False
         self._device = device
         try:
@@ -123,6 +122,11 @@ class Notifier:
         self._backlog: deque[Event] = deque()
         self._receiving = False
         track(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the notifier was closed."""
+        return self._closed
 
     @property
     def regions(self) -> Mapping[int, Region]:
@@ -231,15 +235,7 @@ class Notifier:
             region = self._regions.get(cookie)
             if region is None:
                 raise UnknownCookieError(f"cookie {cookie} names no region")
-            self.withdraw(region)
-
-    def withdraw(self, region: Region, /) -> None:
-        """Unregister a region of this notifier; use Region.unregister()."""
-        with self._lock:
-            if region.registered:
-                self._device.unregister(region.cookie)
-                del self._regions[region.cookie]
-            region._registered = False
+            self._withdraw(region)
 
     def __aiter__(self) -> Self:
         return self
@@ -297,9 +293,9 @@ class Notifier:
         A task that is waiting for events gets :exc:`ClosedError`. To be called
         in the notifier's event loop.
         """
-        if self.closed:
+        if self._closed:
             return
-        self.closed = True
+        self._closed = True
         self._page = _RELEASED
         self._backlog.clear()
         # First: nobody may be left waiting for a number that another file gets.
@@ -314,16 +310,24 @@ class Notifier:
         await checkpoint()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{len(self._regions)} regions"
+        state = "closed" if self._closed else f"{len(self._regions)} regions"
         return f"<{type(self).__name__} of {self._device!r}, {state}>"
 
     def _after_fork_in_child(self) -> None:
         # Nothing else: readiness and device share the parent's open file.
-        self._forked = not self.closed
-        self.closed = True
+        self._forked = not self._closed
+        self._closed = True
         self._page = _RELEASED
         self._backlog.clear()
         self._lock = threading.RLock()
+
+    def _withdraw(self, region: Region, /) -> None:
+        """Unregister a region of this notifier, if it is registered still."""
+        with self._lock:
+            if region.registered:
+                self._device.unregister(region.cookie)
+                del self._regions[region.cookie]
+            region._registered = False
 
     def _gone(self) -> ClosedError | ForkedError:
         if self._forked:
@@ -334,7 +338,7 @@ class Notifier:
         return ClosedError("the notifier was closed")
 
     def _check_open(self) -> None:
-        if self.closed:
+        if self._closed:
             raise self._gone()
 
     async def _next_batch(self) -> list[Event]:

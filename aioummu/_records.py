@@ -38,7 +38,8 @@ class Inval:
     """Memory of a region was invalidated: unmapped, moved, dropped or protected.
 
     The region stays registered and reports again.  Several invalidations
-    between two reads make one event.
+    between two reads make one event. Which system call raises it on which kernel
+    is a table in the driver's documentation, operations.rst; from Linux 5.10 on.
 
     Synchronization: immutable, may be shared by threads and tasks.
     """

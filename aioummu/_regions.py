@@ -29,11 +29,12 @@ UINT64_MAX = 2**64 - 1
 class RegionOwner(Protocol):
     """What a region needs of its notifier."""
 
-    closed: bool
-
-    def withdraw(self, region: Region, /) -> None:
-        """Unregister the region."""
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, and with it all of its regions."""
         ...
+
+    def _withdraw(self, region: Region, /) -> None: ...
 
 
 class Region:
@@ -87,7 +88,7 @@ class Region:
         :raises DeviceError: if the driver refuses
         """
         if self._registered:
-            self._owner.withdraw(self)
+            self._owner._withdraw(self)
 
     def __enter__(self) -> Self:
         return self

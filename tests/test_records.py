@@ -16,7 +16,7 @@ u64 = st.integers(0, 2**64 - 1)
 class Owner:
     closed = False
 
-    def withdraw(self, region: Region, /) -> None:
+    def _withdraw(self, region: Region, /) -> None:
         raise NotImplementedError
 
 
