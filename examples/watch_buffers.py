@@ -80,33 +80,30 @@ class Watch:
 async def change_buffers(watch: Watch) -> None:
     mapped = mmap.mmap(-1, 16 * PAGE)
     mapped[:] = b"x" * len(mapped)
-    region = watch.register("mmap", mapped)
-    await watch.expect(
-        "mmap.madvise(MADV_DONTNEED) of its pages 4 to 7",
-        region,
-        lambda: mapped.madvise(mmap.MADV_DONTNEED, 4 * PAGE, 4 * PAGE),
-    )
-    await watch.expect(
-        "mmap.resize() to its half", region, lambda: mapped.resize(8 * PAGE)
-    )
-    # The kernel had put it right below another mapping: it has to move.
-    await watch.expect(
-        "mmap.resize() to 64 times that",
-        region,
-        lambda: mapped.resize(512 * PAGE),
-    )
-    region.unregister()
-    region = watch.register("moved mmap", mapped)
-    await watch.expect("mmap.close()", region, mapped.close)
+    with watch.register("mmap", mapped) as region:
+        await watch.expect(
+            "mmap.madvise(MADV_DONTNEED) of its pages 4 to 7",
+            region,
+            lambda: mapped.madvise(mmap.MADV_DONTNEED, 4 * PAGE, 4 * PAGE),
+        )
+        await watch.expect(
+            "mmap.resize() to its half", region, lambda: mapped.resize(8 * PAGE)
+        )
+        # The kernel had put it right below another mapping: it has to move.
+        await watch.expect(
+            "mmap.resize() to 64 times that", region, lambda: mapped.resize(512 * PAGE)
+        )
+    with watch.register("moved mmap", mapped) as region:
+        await watch.expect("mmap.close()", region, mapped.close)
 
     buffer = bytearray(LARGE)
-    region = watch.register("bytearray", buffer)
-    await watch.expect("bytearray.clear()", region, buffer.clear)
+    with watch.register("bytearray", buffer) as region:
+        await watch.expect("bytearray.clear()", region, buffer.clear)
 
     if np is not None:
         arrays = [np.empty(LARGE, np.uint8)]
-        region = watch.register("numpy array", arrays[0])
-        await watch.expect("freeing the numpy array", region, arrays.clear)
+        with watch.register("numpy array", arrays[0]) as region:
+            await watch.expect("freeing the numpy array", region, arrays.clear)
 
 
 async def main() -> int:
