@@ -634,6 +634,31 @@ static void a_read_into_the_watched_page_itself(const void *unused)
 	expect_nothing(&device);
 }
 
+/* The report is on its way to user space when its region is hit again. */
+static void a_hit_while_a_reader_copies_is_reported_again(const void *unused)
+{
+	struct device device = open_device(0);
+	struct ummunotify_event *events;
+	int fd = make_shared_file(2);
+	char *pages;
+
+	/* The read() is the first write to the second page, and copies it. */
+	CHECK_EQ(pwrite(fd, "x", 1, page_size()), 1);
+	pages = map_untouched(2, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd);
+	CHECK_EQ(pages[page_size()], 'x');
+	events = (void *)(pages + page_size());
+	register_region(&device, pages, 2 * page_size(), 1);
+	zap(pages, 1);
+	CHECK_EQ(generation(&device), 1);
+	CHECK_EQ(read_records(device.fd, events, 1), 1);
+	check_inval(&events[0], 1, pages, page_size(), HINT);
+	CHECK_EQ(generation(&device), 2);
+	CHECK_EQ(read_records(device.fd, events, 2), 2);
+	check_inval(&events[0], 1, pages, 2 * page_size(), 0);
+	check_last(&events[1], 2);
+	expect_nothing(&device);
+}
+
 static void readv_fills_whole_records(const void *unused)
 {
 	struct device device = open_device(0);
@@ -696,6 +721,7 @@ static const struct test tests[] = {
 	TEST(a_fault_does_not_confuse_the_next_hit),
 	TEST(a_half_mapped_buffer_loses_nothing),
 	TEST(a_read_into_the_watched_page_itself),
+	TEST(a_hit_while_a_reader_copies_is_reported_again),
 	TEST(readv_fills_whole_records),
 	TEST(two_fds_tell_the_same_independently),
 };

@@ -41,7 +41,7 @@ static struct device adopt_device(int fd)
 	return device;
 }
 
-static void register_many(const struct device *device, char *page)
+static void register_many(const struct device *device, const char *page)
 {
 	for (unsigned int i = 0; i < MANY; i++)
 		register_region(device, page, page_size(), i);
@@ -603,40 +603,56 @@ static void a_blocked_reader_learns_of_the_end(const void *unused)
 }
 
 /*
- * A reader that drains as fast as it can while the regions are being reported
- * must not see the end of file, or POLLHUP, before the last of them.
+ * A reader that reads as fast as it can while the end is being reported must not
+ * see the end of file, or POLLHUP, before the last report.
  */
-static void the_end_of_file_follows_all_reports(const void *unused)
+static void read_to_the_end(unsigned int regions, bool by_poll)
 {
-	for (int round = 0; round < 5; round++) {
-		struct peer peer = start_peer(open_and_exit_when_told, NULL);
-		struct device device = adopt_device(receive_fd(peer.socket));
-		struct ummunotify_event events[64];
-		size_t reports = 0;
-		bool hung_up = false;
+	struct peer peer = start_peer(open_and_exit_when_told, NULL);
+	struct device device = adopt_device(receive_fd(peer.socket));
+	struct ummunotify_event events[64];
+	size_t reports = 0;
+	long n;
 
-		CHECK_EQ(fcntl(device.fd, F_SETFL, O_NONBLOCK), 0);
-		register_many(&device, NULL);
-		send_word(peer.socket, 0);
-		for (;;) {
-			long n;
+	CHECK_EQ(fcntl(device.fd, F_SETFL, O_NONBLOCK), 0);
+	for (unsigned int i = 0; i < regions; i++)
+		register_region(&device, NULL, page_size(), i);
+	send_word(peer.socket, 0);
+	do {
+		bool hung_up = by_poll && (poll_now(device.fd) & POLLHUP);
 
-			hung_up = poll_now(device.fd) & POLLHUP;
-			n = read_records(device.fd, events, 64);
-			if (n == 0)
-				break;
-			if (n == -EAGAIN) {
-				CHECK(!hung_up);
-				continue;
-			}
-			CHECK(n > 0);
+		n = read_records(device.fd, events, 64);
+		if (n > 0)
 			reports += n - (events[n - 1].type ==
 					UMMUNOTIFY_EVENT_TYPE_LAST);
+		else if (n < 0)
+			CHECK(n == -EAGAIN && !hung_up);
+		/* Behind it only what was queued by then is left. */
+		if (hung_up) {
+			while ((n = read_records(device.fd, events, 64)) > 0)
+				reports += n - (events[n - 1].type ==
+						UMMUNOTIFY_EVENT_TYPE_LAST);
+			CHECK_EQ(n, 0);
 		}
-		CHECK_EQ(reports, MANY);
-		close_device(&device);
-		join_peer(&peer);
-	}
+	} while (n);
+	CHECK_EQ(reports, regions);
+	close_device(&device);
+	join_peer(&peer);
+}
+
+static void the_end_of_file_follows_all_reports(const void *unused)
+{
+	/* Early in the reporting, and in the middle of it. */
+	for (int round = 0; round < 300; round++)
+		read_to_the_end(1, false);
+	for (int round = 0; round < 3; round++)
+		read_to_the_end(MANY, round % 2);
+}
+
+static void pollhup_follows_all_reports(const void *unused)
+{
+	for (int round = 0; round < 300; round++)
+		read_to_the_end(1, true);
 }
 
 static void epoll_and_sigio_tell_the_end(const void *unused)
@@ -823,6 +839,7 @@ static const struct test tests[] = {
 	TEST(an_empty_region_does_not_report_the_end),
 	TEST(a_blocked_reader_learns_of_the_end),
 	TEST(the_end_of_file_follows_all_reports),
+	TEST(pollhup_follows_all_reports),
 	TEST(epoll_and_sigio_tell_the_end),
 	TEST(exit_with_everything_open),
 	TEST(the_fd_does_not_pin_the_address_space),

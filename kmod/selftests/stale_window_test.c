@@ -21,7 +21,7 @@
  *
  * The window must really have been hit, or the test proves nothing: it runs
  * until it was, often.  With the driver's callback for the end of an
- * invalidation compiled out each of those hits is stale (run_mutants.sh).
+ * invalidation compiled out each of those hits is stale (mutants.sh).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -57,9 +57,9 @@ struct window {
 	/* What the reader believes: magic is there, at that generation. */
 	bool		cached_magic;
 	u64		cached_generation;
-	/* It has looked behind the start, and before the end. */
+	/* It has found magic behind the start and before the end. */
 	bool		in_between;
-	/* Rounds whose outcome is that of a look in between. */
+	/* Rounds in which it has. */
 	unsigned int	hits;
 	unsigned int	rounds;
 	unsigned int	stale;
@@ -69,10 +69,12 @@ struct window {
  * struct variant - a kind of reader
  * @first_page:	watch the page that goes first, instead of last
  * @reader:	one pass of the reader, while the change goes on
+ * @is_stale:	does it trust, in the end, what is gone?
  */
 struct variant {
 	bool	first_page;
 	void	(*reader)(struct window *window);
+	bool	(*is_stale)(struct window *window);
 };
 
 static enum phase phase(struct window *window)
@@ -117,8 +119,8 @@ static void look(struct window *window, u64 valid_at)
 
 	window->cached_generation = valid_at;
 	window->cached_magic = find_magic(window);
-	window->in_between = window->cached_magic && started &&
-			     phase(window) == READY;
+	if (window->cached_magic && started && phase(window) == READY)
+		window->in_between = true;
 }
 
 static void drain_and_look(struct window *window)
@@ -154,6 +156,45 @@ static void register_once_and_look(struct window *window)
 {
 	if (has_started(window) && !window->in_between)
 		register_and_look(window);
+}
+
+/*
+ * The report of another region stays unread: what comes later, when it is read,
+ * must tell of the new region too.
+ */
+static void register_second_and_look(struct window *window)
+{
+	if (!has_started(window) || window->in_between)
+		return;
+	register_region(&window->device, window->page, page_size(), 2);
+	look(window, generation(&window->device));
+	if (!window->in_between)
+		unregister_region(&window->device, 2);
+}
+
+static bool is_stale(struct window *window)
+{
+	return window->cached_magic &&
+	       generation(&window->device) == window->cached_generation &&
+	       !poll_now(window->device.fd);
+}
+
+static bool second_is_stale(struct window *window)
+{
+	struct ummunotify_event events[4];
+	bool told = false;
+	long n;
+
+	while ((n = read_records(window->device.fd, events, 4)) > 0) {
+		for (long i = 0; i < n; i++)
+			told |= events[i].type == UMMUNOTIFY_EVENT_TYPE_INVAL &&
+				events[i].user_cookie_counter == 2;
+	}
+	CHECK_EQ(n, -EAGAIN);
+	if (!window->in_between)
+		return false;
+	unregister_region(&window->device, 2);
+	return !told;
 }
 
 /* The look first, then the counter, as close together as can be. */
@@ -207,10 +248,7 @@ static void *read_reports(void *arg)
 
 		window->rounds++;
 		window->hits += window->in_between;
-		if (window->cached_magic &&
-		    generation(&window->device) == window->cached_generation &&
-		    !poll_now(window->device.fd))
-			window->stale++;
+		window->stale += run->variant->is_stale(window);
 		set_phase(window, IDLE);
 	}
 }
@@ -258,19 +296,28 @@ static void run_window(const void *arg)
 
 static const struct variant drain_reader = {
 	.reader		= drain_and_look,
+	.is_stale	= is_stale,
 };
 
 static const struct variant register_once_reader = {
 	.reader		= register_once_and_look,
+	.is_stale	= is_stale,
+};
+
+static const struct variant register_second_reader = {
+	.reader		= register_second_and_look,
+	.is_stale	= second_is_stale,
 };
 
 static const struct variant register_reader = {
 	.reader		= register_and_look,
+	.is_stale	= is_stale,
 };
 
 static const struct variant first_page_reader = {
 	.first_page	= true,
 	.reader		= look_at_what_goes_first,
+	.is_stale	= is_stale,
 };
 
 static const struct test tests[] = {
@@ -278,6 +325,8 @@ static const struct test tests[] = {
 	  &drain_reader },
 	{ "a_registration_in_between_is_never_stale", run_window,
 	  &register_once_reader },
+	{ "a_second_registration_in_between_is_told_of_the_end", run_window,
+	  &register_second_reader },
 	{ "registrations_all_the_time_are_never_stale", run_window,
 	  &register_reader },
 	{ "nothing_is_gone_before_the_counter_rises", run_window,

@@ -1,0 +1,129 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0
+#
+# Do the tests fail where the driver is wrong?  Broken copies of it, each with the
+# tests that must notice.
+#
+#   mutants.sh make DIR KDIR [NAME...]   write and build the copies, below DIR
+#   mutants.sh run DIR [NAME...]         in a guest, as root, with no ummunotify
+#                                        loaded: load each, and run its tests
+#   mutants.sh list                      names, programs and tests
+#
+# "run" prints TAP: a mutant that passes its tests is "not ok".
+
+cd "$(dirname "$0")" || exit 1
+
+# name | program | tests that must fail | sed script
+mutants() {
+	cat <<'END'
+no_end|stale_window_test|a_drained_report_leaves_no_stale_window a_registration_in_between_is_never_stale a_second_registration_in_between_is_told_of_the_end|/^\t\.invalidate_range_end\t*=/d
+no_start|stale_window_test|nothing_is_gone_before_the_counter_rises|/^\t\.invalidate_range_start\t*=/d
+no_release|lifetime_test|the_end_without_regions_is_end_of_file|/^\t\.release\t*= ummunotify_mm_release,/d
+end_forgets_readers|stale_window_test|a_drained_report_leaves_no_stale_window|/^static size_t ummunotify_commit/,/^}/s/^\tummunotify_unsettle(ctx);//
+end_forgets_registrations|stale_window_test|a_second_registration_in_between_is_told_of_the_end|/^static int ummunotify_insert/,/^}/s/^\t\tummunotify_unsettle(ctx);//
+end_of_file_too_early|lifetime_test|the_end_of_file_follows_all_reports pollhup_follows_all_reports|/^static void ummunotify_mm_release/,/^}/s/^\tctx->ended = true;/\tctx->ended = ctx->final = true;/
+no_last_after_unregister|behaviour_test|last_comes_after_unregister_of_the_last_pending|/^static long ummunotify_unregister/,/^}/s/ctx->last_due = true;//
+no_last|behaviour_test|last_comes_alone_if_there_was_no_room|/^static size_t ummunotify_commit/,/^}/s/ctx->last_due = true;//
+hint_stays|behaviour_test|a_second_hit_clears_the_hint|s/^\tregion->report &= ~REPORT_HINT;//
+hint_is_not_clipped|behaviour_test|the_hint_is_clipped_to_the_region|/^static void ummunotify_report/,/^}/s/max(walk->start, region->start)/walk->start/
+one_raise_per_region|behaviour_test|a_hit_on_many_regions_raises_the_counter_once|/^static void ummunotify_hit/,/^}/s/^\twalk->raised = true;//
+no_raise_if_pending|behaviour_test|a_second_hit_clears_the_hint|/^static void ummunotify_report/,/^}/s/^\t\tummunotify_hit(walk);$/\t\tif (!(region->report \& REPORT_PENDING))\n\t\t\tummunotify_hit(walk);/
+no_raise_behind_last|race_test|a_change_of_many_regions_with_a_reader_in_between|s/^\tif (walk->raised && ctx->generation != ctx->told_generation)/\tif (walk->raised)/
+walk_stops_after_a_batch|behaviour_test|many_overlapping_regions_all_report_for_one|/^static void ummunotify_walk/,/^}/s/^\t\t\traw_spin_lock(&ctx->lock);/&\n\t\t\tbreak;/
+fault_loses_reports|behaviour_test|a_read_that_faults_loses_nothing a_half_mapped_buffer_loses_nothing|/^static ssize_t ummunotify_deliver/,/^}/s/^\t\t\tummunotify_unpeek(ctx);/\t\t\tummunotify_commit(ctx, n);/
+changed_while_peeked|behaviour_test|a_hit_while_a_reader_copies_is_reported_again|s/^\t\tregion->report |= REPORT_CHANGED;//
+short_read_is_zero|behaviour_test|a_read_of_three_bytes_is_einval|/^static ssize_t ummunotify_read/,/^}/s/^\t\treturn -EINVAL;/\t\treturn 0;/
+inverted_is_accepted|abi_test|an_inverted_range_is_einval|s/^\tif (start > end || end > ULONG_MAX)/\tif (end > ULONG_MAX)/
+empty_reports|abi_test|an_empty_range_never_reports|s/^\tif (region->last + 1 != region->start) {/\tif (1) {/
+flags_are_looked_at|abi_test|garbage_in_flags_is_ignored|s/^\tif (start > end || end > ULONG_MAX)/\tif (parm.flags || start > end || end > ULONG_MAX)/
+close_leaves_the_counter|lifetime_test|a_kept_counter_reads_changed_after_close|/^static int ummunotify_release/,/^}/s/^\tummunotify_raise_generation(ctx);//
+no_limit|limits_test|past_max_regions_is_enospc|s/^\tif (ctx->nr_regions >= READ_ONCE(max_regions))/\tif (0)/
+not_accounted|limits_test|regions_are_charged_to_the_memory_cgroup|s/KMEM_CACHE(ummunotify_region, SLAB_ACCOUNT)/KMEM_CACHE(ummunotify_region, 0)/
+wakes_nobody|wait_test|a_blocking_read_waits_for_a_report epoll_by_edge_comes_once_per_report|s/^\t\twalk->wake = true;//
+no_signals|wait_test|f_setsig_tells_fd_and_band|s/^\t*kill_fasync(&ctx->fasync, SIGIO, POLL_IN);/;/
+write_is_allowed|abi_test|open_for_writing_is_refused|s/^\tif (file->f_mode & FMODE_WRITE || !current->mm)/\tif (!current->mm)/
+END
+}
+
+# Is $1 among the other arguments, or are there none?
+wanted() {
+	name=$1
+	shift
+	[ $# -eq 0 ] && return 0
+	for other; do
+		[ "$other" = "$name" ] && return 0
+	done
+	return 1
+}
+
+make_mutants() {
+	out=$1 kdir=$2
+	shift 2
+	tab=$(printf '\t')
+	mutants | while IFS='|' read -r name program tests script; do
+		wanted "$name" "$@" || continue
+		rm -rf "${out:?}/$name"
+		mkdir -p "$out/$name" || exit 1
+		cp -r ../Kbuild ../Makefile ../include ../*.c ../*.h "$out/$name" ||
+			exit 1
+		sed "$script" ../ummunotify.c >"$out/$name/ummunotify.c" || exit 1
+		if cmp -s ../ummunotify.c "$out/$name/ummunotify.c"; then
+			echo "mutant $name: its sed script matches nothing" >&2
+			exit 1
+		fi
+		# What a mutant leaves unused is meant to be.
+		if ! make -s -C "$out/$name" KDIR="$kdir" \
+			KCFLAGS="-Wno-unused -Wno-unused-function" \
+			>"$out/$name/make.log" 2>&1; then
+			cat "$out/$name/make.log" >&2
+			echo "mutant $name does not build" >&2
+			exit 1
+		fi
+		echo "mutant $name"
+	done
+}
+
+run_mutants() {
+	out=$1
+	shift
+	failed=0 number=0 planned=0
+	names=$(mutants | cut -d'|' -f1)
+	for name in $names; do
+		wanted "$name" "$@" && planned=$((planned + 1))
+	done
+	echo "TAP version 13"
+	echo "1..$planned"
+	for name in $names; do
+		wanted "$name" "$@" || continue
+		number=$((number + 1))
+		line=$(mutants | grep "^$name|")
+		program=$(echo "$line" | cut -d'|' -f2)
+		tests=$(echo "$line" | cut -d'|' -f3)
+		insmod "$out/$name/ummunotify.ko" || exit 1
+		survived=
+		for test in $tests; do
+			UMMUNOTIFY_TEST_LIMIT=${UMMUNOTIFY_TEST_LIMIT:-60} \
+				./"$program" "$test" >"$out/$name.log"
+			status=$?
+			sed 's/^/# /' "$out/$name.log"
+			[ $status -eq 0 ] && survived="$survived $test"
+		done
+		rmmod ummunotify || exit 1
+		if [ -n "$survived" ]; then
+			echo "# not noticed by:$survived"
+			echo "not ok $number $name"
+			failed=$((failed + 1))
+		else
+			echo "ok $number $name"
+		fi
+	done
+	echo "# Totals: pass:$((number - failed)) fail:$failed skip:0"
+	[ $failed -eq 0 ]
+}
+
+case $1 in
+make) shift; make_mutants "$@" ;;
+run) shift; run_mutants "$@" ;;
+list) mutants | cut -d'|' -f1-3 ;;
+*) sed -n '4,13s/^# \{0,1\}//p' "$0"; exit 1 ;;
+esac
