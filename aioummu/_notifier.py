@@ -24,7 +24,16 @@ from aioummu._errors import (
 )
 from aioummu._forks import track
 from aioummu._readiness import open_readiness
-from aioummu._records import LAST, RECORD_SIZE, Event, Last, Record, decode, unpack
+from aioummu._records import (
+    LAST,
+    RECORD_SIZE,
+    Event,
+    Last,
+    Record,
+    as_record,
+    decode,
+    unpack,
+)
 from aioummu._regions import Region, address_range, checked_cookie, checked_range
 
 if TYPE_CHECKING:
@@ -265,8 +274,8 @@ class Notifier:
         """Iterate over lists of undecoded records, for speed.
 
         A record is a tuple of the integers type, flags, hint_start, hint_end and
-        user_cookie_counter, see the driver's ``linux/ummunotify.h``. Events that
-        were received and not handed out yet stay for the other iterators.
+        user_cookie_counter, see the driver's ``linux/ummunotify.h``. Reports for
+        regions that another thread unregisters meanwhile are not dropped.
         Raises what iterating over the notifier does.
         """
         return _Batches(self._next_raw_batch)
@@ -298,11 +307,13 @@ class Notifier:
         self._closed = True
         self._page = _RELEASED
         self._backlog.clear()
-        # First: nobody may be left waiting for a number that another file gets.
-        self._readiness.close()
-        with self._lock:
-            self._device.close()
-            self._regions.clear()
+        try:
+            # First: nobody may keep waiting for a number that another file gets.
+            self._readiness.close()
+        finally:
+            with self._lock:
+                self._device.close()
+                self._regions.clear()
 
     async def aclose(self) -> None:
         """Do as close() does, then let other tasks run."""
@@ -348,7 +359,10 @@ class Notifier:
         return self._hand_out(events)
 
     async def _next_raw_batch(self) -> list[Record]:
-        records = await self._receive(unpack)
+        # What was read by another way of receiving comes first.
+        records = [as_record(event) for event in self._take_backlog()]
+        if not records:
+            records = await self._receive(unpack)
         kind, _, _, _, value = records[-1]
         if kind == LAST:
             self._reported = value

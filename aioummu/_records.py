@@ -126,6 +126,14 @@ def decode(data: Buffer, regions: Mapping[int, Region]) -> list[Event]:
     return events
 
 
+def as_record(event: Event) -> Record:
+    """Return the record that says what the event does."""
+    if isinstance(event, Last):
+        return LAST, 0, 0, 0, event.generation
+    flags = HINT if event.exact else 0
+    return INVAL, flags, event.start, event.end, event.region.cookie
+
+
 def _iter_unpack(data: Buffer) -> Iterator[Record]:
     try:
         return cast("Iterator[Record]", _abi.EVENT.iter_unpack(data))

@@ -142,6 +142,22 @@ async def test_ways_of_receiving_can_be_mixed(
     assert notifier.read_nowait() == []
 
 
+async def test_raw_batches_begin_with_what_was_received_before(
+    notifier: Notifier, device: PipeDevice
+) -> None:
+    region = notifier.register(0x1000, 0x2000, cookie=7)
+    records = [(1, 0, 0, 0, 1), (0, 1, 0x1000, 0x2000, 7), (0, 0, 0x1000, 0x2000, 7)]
+    device.send(
+        last(1), inval(7, 0x1000, 0x2000), inval(7, 0x1000, 0x2000, exact=False)
+    )
+    assert await anext(notifier) == Last(1)
+    device.send(last(2))
+    batches = notifier.raw_batches()
+    assert await anext(batches) == records[1:]
+    assert await anext(batches) == [(1, 0, 0, 0, 2)]
+    assert region.registered
+
+
 # Unregistered regions never surface.
 
 
