@@ -1164,7 +1164,7 @@ static int ummunotify_open(struct inode *inode, struct file *file)
 	ctx = kzalloc(sizeof(*ctx), GFP_KERNEL_ACCOUNT);
 	if (!ctx)
 		return -ENOMEM;
-	ctx->counter = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+	ctx->counter = alloc_page(UMMUNOTIFY_GFP_MAPPED | __GFP_ZERO);
 	if (!ctx->counter)
 		goto err_free;
 

@@ -7,6 +7,7 @@
 #define _UMMUNOTIFY_COMPAT_H
 
 #include <linux/file.h>
+#include <linux/gfp.h>
 #include <linux/mm.h>
 #include <linux/version.h>
 
@@ -25,6 +26,16 @@ static inline void vma_set_file(struct vm_area_struct *vma, struct file *file)
 	swap(vma->vm_file, file);
 	fput(file);
 }
+#endif
+
+/*
+ * A page that user space maps.  Charged to a cgroup as memory of the kernel, it
+ * used to bear a page type, in the place of its map count: "Bad page map".
+ */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(5, 11, 0)
+#define UMMUNOTIFY_GFP_MAPPED	GFP_KERNEL
+#else
+#define UMMUNOTIFY_GFP_MAPPED	GFP_KERNEL_ACCOUNT
 #endif
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
