@@ -21,6 +21,10 @@ KERNELS := 6.1 6.12
 ALL_KERNELS := 5.10 6.1 6.12 newest
 CHECK_KERNEL := 6.12
 
+# Beyond what the guests need: the library's extension, the driver's checks, and
+# the selftests for 32 bits and in C++.
+PACKAGES := python3-dev python3-venv sparse gcc-multilib g++
+
 SYSTEM := .cache/system.stamp
 INSTALLED := $(VENV)/installed.stamp
 CHECKPATCH := .cache/checkpatch/checkpatch.pl
@@ -81,9 +85,9 @@ bench: $(INSTALLED)
 
 setup: $(INSTALLED)
 
-$(SYSTEM): tools/guest.py
+$(SYSTEM): tools/guest.py Makefile
 	@mkdir -p $(@D)
-	$(PYTHON) tools/guest.py setup
+	$(PYTHON) tools/guest.py setup $(PACKAGES)
 	@touch $@
 
 $(INSTALLED): $(SYSTEM) pyproject.toml setup.py aioummu/_abi_build.py kmod/include/uapi/linux/ummunotify.h

@@ -1219,9 +1219,9 @@ def wait_for(
 # --------------------------------------------------------------------------
 
 
-def setup() -> None:
-    """Install what the harness needs from Debian, as little as will do."""
-    packages = sorted({tool.package for tool in TOOLS} | set(SETUP_ALSO))
+def setup(more: Sequence[str] = ()) -> None:
+    """Install what the harness needs from Debian, as little as will do, and more."""
+    packages = sorted({tool.package for tool in TOOLS} | {*SETUP_ALSO, *more})
     query = subprocess.run(
         ["dpkg-query", "-W", "-f=${Package} ${db:Status-Status}\n", *packages],
         capture_output=True,
@@ -1327,8 +1327,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--results", type=Path, help="a folder for the log and what is brought back"
     )
 
-    commands.add_parser(
+    action = commands.add_parser(
         "setup", help="install the Debian packages that the harness needs"
+    )
+    action.add_argument(
+        "packages", nargs="*", metavar="PACKAGE", help="install these as well"
     )
     action = commands.add_parser(
         "fetch", parents=[kernels], help="unpack kernels into the cache"
@@ -1366,7 +1369,7 @@ def main(arguments: Sequence[str]) -> int:
     """Do what the command line says; the worst status of several kernels wins."""
     args = parse_arguments(arguments)
     if args.action == "setup":
-        setup()
+        setup(args.packages)
         return 0
     status = 0
     for name in args.kernels:
