@@ -202,7 +202,7 @@ class Notifier:
         :param cookie: a number of 64 bits to name the region, unique within the
             notifier; chosen if left out
         :returns: the region, a context manager that unregisters it
-        :raises InvalidBufferError: if the buffer is empty or not C-contiguous
+        :raises InvalidBufferError: if the buffer is empty or not contiguous
         :raises InvalidRangeError: unless 0 <= start < end < 2**64, or if the
             cookie does not fit 64 bits
         :raises DuplicateCookieError: if the cookie names a region already

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from operator import index
 from typing import TYPE_CHECKING, Protocol
 
 from aioummu._errors import InvalidBufferError, InvalidRangeError
-from aioummu._ummunotify_abi import ffi
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,28 +110,50 @@ class Region:
         )
 
 
+class _PyBuffer(ctypes.Structure):
+    """Py_buffer, as of the stable ABI of Python 3.11."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+# Either order of dimensions: ffi.from_buffer() would refuse Fortran's.
+_PyBUF_ANY_CONTIGUOUS = 0x98
+
+
 def address_range(buffer: BufferLike) -> tuple[int, int]:
     """Return the addresses of a buffer's first byte and of the byte behind it.
 
     No export of the buffer is kept: it can be closed, resized and freed as if
     nobody had asked.
 
-    :raises InvalidBufferError: if the buffer is empty or not C-contiguous
+    :raises InvalidBufferError: if the buffer is empty or not contiguous
     :raises TypeError: if the object is not a buffer
     """
+    exported = _PyBuffer()
     try:
-        exported = ffi.from_buffer(buffer)
+        ctypes.pythonapi.PyObject_GetBuffer(
+            ctypes.py_object(buffer), ctypes.byref(exported), _PyBUF_ANY_CONTIGUOUS
+        )
     except (BufferError, ValueError) as error:
         raise InvalidBufferError(
             f"the buffer has no address to watch ({error}): it must be open and one "
-            "C-contiguous block of memory; else register its start and end"
+            "contiguous block of memory; else register its start and end"
         ) from error
-    try:
-        start = int(ffi.cast("uintptr_t", exported))
-        size = len(exported)
-    finally:
-        ffi.release(exported)
-    if not size:
+    start, size = exported.buf, exported.len
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(exported))
+    if not start or not size:
         raise InvalidBufferError("the buffer is empty: there is nothing to watch")
     return start, start + size
 
