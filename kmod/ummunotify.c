@@ -1217,8 +1217,11 @@ static int ummunotify_release(struct inode *inode, struct file *file)
 		if (++freed % 1024 == 0)
 			cond_resched();
 	}
-	list_for_each_entry_safe(region, next, &ctx->spares, pending)
+	list_for_each_entry_safe(region, next, &ctx->spares, pending) {
 		kmem_cache_free(ummunotify_region_cache, region);
+		if (++freed % 1024 == 0)
+			cond_resched();
+	}
 	put_page(ctx->counter);
 	kfree(ctx);
 	return 0;
