@@ -5,12 +5,15 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "device.h"
@@ -378,6 +381,87 @@ static void a_change_of_many_regions_with_a_reader_in_between(const void *unused
 	CHECK(crossing.lasts_in_between > 0);
 }
 
+/*
+ * A reader that sleeps in the middle of copying, since its buffer is not there:
+ * no change of memory, no registration and no poll() waits for it.
+ */
+
+struct stuck_reader {
+	struct device			device;
+	struct ummunotify_event		*events;
+	long				result;
+};
+
+static void *read_and_get_stuck(void *arg)
+{
+	struct stuck_reader *reader = arg;
+
+	reader->result = read_records(reader->device.fd, reader->events, 8);
+	return NULL;
+}
+
+static int make_stuck_page(void *page)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register range = {
+		.range	= { .start = address(page), .len = page_size() },
+		.mode	= UFFDIO_REGISTER_MODE_MISSING,
+	};
+	int uffd = syscall(SYS_userfaultfd, O_CLOEXEC);
+
+	if (uffd < 0)
+		skip("no userfaultfd: %s", strerror(errno));
+	CHECK_EQ(ioctl(uffd, UFFDIO_API, &api), 0);
+	CHECK_EQ(ioctl(uffd, UFFDIO_REGISTER, &range), 0);
+	return uffd;
+}
+
+static void a_reader_stuck_in_a_fault_delays_nobody(const void *unused)
+{
+	struct stuck_reader reader = { .device = open_device(0) };
+	struct device *device = &reader.device;
+	char *pages = map_pages(3);
+	struct uffdio_zeropage zero = { .range.len = page_size() };
+	struct pollfd pollfd = { .events = POLLIN };
+	struct uffd_msg message;
+	pthread_t thread;
+
+	reader.events = (void *)map_untouched(1, PROT_READ | PROT_WRITE,
+					      MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	pollfd.fd = make_stuck_page(reader.events);
+	for (unsigned int i = 0; i < 3; i++)
+		register_region(device, pages + i * page_size(), page_size(),
+				i);
+	zap(pages, 2);
+	CHECK_EQ(generation(device), 1);
+	thread = start_thread(read_and_get_stuck, &reader);
+	CHECK_EQ(poll(&pollfd, 1, -1), 1);
+	CHECK_EQ(read(pollfd.fd, &message, sizeof(message)), sizeof(message));
+
+	/* Hit what is being copied, what is not; come and go. */
+	zap(pages, 1);
+	zap(pages + 2 * page_size(), 1);
+	CHECK_EQ(generation(device), 3);
+	CHECK(poll_now(device->fd) & POLLIN);
+	register_region(device, pages, page_size(), 7);
+	unregister_region(device, 7);
+	unregister_region(device, 1);
+
+	zero.range.start = address(reader.events);
+	CHECK_EQ(ioctl(pollfd.fd, UFFDIO_ZEROPAGE, &zero), 0);
+	join_thread(thread);
+	/* Region 1 went when its report was on the way already. */
+	CHECK_EQ(reader.result, 5);
+	check_inval(&reader.events[0], 0, pages, page_size(), HINT);
+	check_inval(&reader.events[1], 1, pages + page_size(), page_size(),
+		    HINT);
+	check_inval(&reader.events[2], 0, pages, page_size(), 0);
+	check_inval(&reader.events[3], 2, pages + 2 * page_size(), page_size(),
+		    HINT);
+	check_last(&reader.events[4], 3);
+	expect_nothing(device);
+}
+
 /* close() while others change the memory, and while it ends */
 
 struct changing {
@@ -451,6 +535,7 @@ static const struct test tests[] = {
 	  &in_epoll },
 	TEST(every_change_is_reported_in_a_crowd),
 	TEST(a_change_of_many_regions_with_a_reader_in_between),
+	TEST(a_reader_stuck_in_a_fault_delays_nobody),
 	TEST(close_while_memory_changes),
 	TEST(close_while_the_target_ends),
 };
