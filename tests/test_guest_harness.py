@@ -143,6 +143,53 @@ def test_what_is_wrong_with_a_run_decides_its_status(
     assert bool(outcome.reasons) == bool(reason)
 
 
+def test_only_an_oops_that_begins_with_int3_is_the_emulators() -> None:
+    first = "[    2.965550] Oops: int3: 0000 [#1] SMP NOPTI"
+    panic = "[    2.976973] Kernel panic - not syncing: Fatal exception in interrupt"
+    assert guest.judge({}, True, [first, panic]).emulator_bug
+    assert guest.judge(LOADED, True, ["int3: 0000 [#1] PREEMPT SMP NOPTI"]).emulator_bug
+    assert not guest.judge({}, True, []).emulator_bug
+    assert not guest.judge({}, True, ["WARNING: x", first]).emulator_bug
+    assert not guest.judge({}, True, ["Oops: int3: 0000 [#2] SMP"]).emulator_bug
+
+
+@pytest.mark.parametrize(
+    ("cpus", "outcomes", "runs", "status"),
+    [
+        (2, [(99, True), (0, False)], 2, 0),
+        (2, [(99, True), (99, True), (99, True)], 3, 99),
+        (2, [(99, False)], 1, 99),
+        (1, [(99, True)], 1, 99),
+    ],
+)
+def test_a_run_that_the_emulator_spoilt_is_repeated(
+    cpus: int,
+    outcomes: list[tuple[int, bool]],
+    runs: int,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = list(outcomes)
+
+    def run_once(_guest: object, results: Path) -> object:
+        (results / "console.log").write_text("the log")
+        number, bug = left.pop(0)
+        return guest.Outcome(number, (), bug)
+
+    monkeypatch.setattr(guest, "CACHE", tmp_path)
+    monkeypatch.setattr(guest, "require", lambda _task: None)
+    monkeypatch.setattr(guest, "fetch", lambda _name: None)
+    monkeypatch.setattr(guest, "kvm_works", lambda _kernel: False)
+    monkeypatch.setattr(guest, "prepare", lambda _guest, _command: None)
+    monkeypatch.setattr(guest, "run_once", run_once)
+    assert guest.run("6.1", ["true"], guest.Options(cpus=cpus)) == status
+    assert len(outcomes) - len(left) == runs
+    kept = sorted(path.name for path in (tmp_path / "results" / "6.1").iterdir())
+    assert len(kept) == runs
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_a_line_that_a_dying_guest_tore_is_no_phase() -> None:
     assert guest.parse_phases("up 4.1\ninsmod 0\nexit 1") == {
         "up": "4.1",
