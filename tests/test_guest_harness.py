@@ -157,7 +157,7 @@ def test_only_an_oops_that_begins_with_int3_is_the_emulators() -> None:
     ("cpus", "outcomes", "runs", "status"),
     [
         (2, [(99, True), (0, False)], 2, 0),
-        (2, [(99, True), (99, True), (99, True)], 3, 99),
+        (2, [(99, True)] * 9, 5, 99),
         (2, [(99, False)], 1, 99),
         (1, [(99, True)], 1, 99),
     ],
