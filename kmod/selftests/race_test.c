@@ -14,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "device.h"
@@ -265,17 +266,12 @@ static void every_change_is_reported_in_a_crowd(const void *unused)
  * reader, and others that register and unregister, in between.
  */
 
-enum { STABLE = 1000, TOUCHING = 2 };
-/* Changes, and LASTs in the middle of one, to go for; and where to give up. */
-enum { MIN_CHANGES = 100, ENOUGH_LASTS = 10, MAX_CHANGES = 3000 };
+enum { STABLE = 1000, CHANGES = 200, TOUCHING = 2 };
 
 struct crossing {
 	struct device	device;
 	char		*pages;
 	unsigned int	reported[STABLE];
-	u64		told;
-	unsigned int	lasts_in_between;
-	bool		changing;
 	bool		stop;
 };
 
@@ -307,7 +303,6 @@ static void *read_across(void *arg)
 	u64 told = 0;
 
 	while (!load_flag(&crossing->stop)) {
-		bool changing = load_flag(&crossing->changing);
 		long n = read_records(crossing->device.fd, events,
 				      ARRAY_SIZE(events));
 
@@ -332,11 +327,6 @@ static void *read_across(void *arg)
 			CHECK(counter >= told);
 			reports_since_last = false;
 			told = counter;
-			__atomic_store_n(&crossing->told, told,
-					 __ATOMIC_RELEASE);
-			if (changing && load_flag(&crossing->changing))
-				__atomic_add_fetch(&crossing->lasts_in_between,
-						   1, __ATOMIC_RELEASE);
 		}
 	}
 	return NULL;
@@ -357,16 +347,11 @@ static void a_change_of_many_regions_with_a_reader_in_between(const void *unused
 	for (int i = 0; i < TOUCHING; i++)
 		touching[i] = start_thread(register_and_unregister, &crossing);
 
-	for (int change = 0; change < MAX_CHANGES; change++) {
-		if (change >= MIN_CHANGES &&
-		    crossing.lasts_in_between >= ENOUGH_LASTS)
-			break;
+	for (int change = 0; change < CHANGES; change++) {
 		for (int i = 0; i < STABLE; i++)
 			before[i] = __atomic_load_n(&crossing.reported[i],
 						    __ATOMIC_ACQUIRE);
-		__atomic_store_n(&crossing.changing, true, __ATOMIC_RELEASE);
 		zap(crossing.pages, 4);
-		__atomic_store_n(&crossing.changing, false, __ATOMIC_RELEASE);
 		for (int i = 0; i < STABLE; i++)
 			while (__atomic_load_n(&crossing.reported[i],
 					       __ATOMIC_ACQUIRE) == before[i])
@@ -376,9 +361,102 @@ static void a_change_of_many_regions_with_a_reader_in_between(const void *unused
 	join_thread(reader);
 	for (int i = 0; i < TOUCHING; i++)
 		join_thread(touching[i]);
-	note("%u LASTs were read while a change was being reported",
-	     crossing.lasts_in_between);
-	CHECK(crossing.lasts_in_between > 0);
+}
+
+/*
+ * A LAST in the middle of one change, between two batches: the reports that come
+ * behind it must raise the counter again, or the client would trust their regions
+ * at the generation of that LAST.
+ *
+ * The reader is a real-time thread on the CPU of the thread that changes memory,
+ * and wakes by a timer: it preempts that one where its lock is dropped, and has
+ * read everything, LAST included, before the change goes on.
+ */
+
+enum { WALKED = 20000 };
+
+struct preempting {
+	struct device	device;
+	unsigned int	change;
+	u64		told;
+	unsigned int	lasts_in_the_middle;
+	bool		stop;
+};
+
+static void *read_by_timer(void *arg)
+{
+	static const struct timespec moment = { .tv_nsec = 200000 };
+	struct preempting *preempting = arg;
+	struct ummunotify_event events[64];
+	unsigned int change = 0, latest, reports = 0;
+	bool behind_last = false;
+	u64 told = 0;
+
+	while (!load_flag(&preempting->stop)) {
+		long n = read_records(preempting->device.fd, events,
+				      ARRAY_SIZE(events));
+
+		if (n == -EAGAIN) {
+			clock_nanosleep(CLOCK_MONOTONIC, 0, &moment, NULL);
+			continue;
+		}
+		CHECK(n > 0);
+		latest = __atomic_load_n(&preempting->change, __ATOMIC_ACQUIRE);
+		if (change != latest) {
+			change = latest;
+			reports = 0;
+		}
+		for (long i = 0; i < n; i++) {
+			if (events[i].type == UMMUNOTIFY_EVENT_TYPE_INVAL) {
+				reports++;
+				behind_last = true;
+				continue;
+			}
+			if (behind_last)
+				CHECK(events[i].user_cookie_counter > told);
+			behind_last = false;
+			told = events[i].user_cookie_counter;
+			if (reports < WALKED)
+				preempting->lasts_in_the_middle++;
+			__atomic_store_n(&preempting->told, told,
+					 __ATOMIC_RELEASE);
+		}
+	}
+	return NULL;
+}
+
+static void a_last_in_the_middle_of_a_change_is_not_its_last(const void *unused)
+{
+	enum { ENOUGH = 5, MAX = 500 };
+	struct preempting preempting = { .device = open_device(O_NONBLOCK) };
+	struct sched_param priority = { .sched_priority = 1 };
+	char *page = map_pages(1);
+	pthread_t reader;
+	cpu_set_t cpus;
+	int cpu = sched_getcpu();
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	CHECK_EQ(sched_setaffinity(0, sizeof(cpus), &cpus), 0);
+	for (unsigned int i = 0; i < WALKED; i++)
+		register_region(&preempting.device, page, page_size(), i);
+	reader = start_thread(read_by_timer, &preempting);
+	if (pthread_setschedparam(reader, SCHED_FIFO, &priority))
+		skip("only root has real-time threads");
+	for (unsigned int change = 1; change <= MAX; change++) {
+		__atomic_store_n(&preempting.change, change, __ATOMIC_RELEASE);
+		zap(page, 1);
+		while (__atomic_load_n(&preempting.told, __ATOMIC_ACQUIRE) !=
+		       generation(&preempting.device))
+			sched_yield();
+		if (preempting.lasts_in_the_middle >= ENOUGH)
+			break;
+	}
+	set_flag(&preempting.stop);
+	join_thread(reader);
+	note("%u LASTs in the middle of a change",
+	     preempting.lasts_in_the_middle);
+	CHECK(preempting.lasts_in_the_middle > 0);
 }
 
 /*
@@ -535,6 +613,7 @@ static const struct test tests[] = {
 	  &in_epoll },
 	TEST(every_change_is_reported_in_a_crowd),
 	TEST(a_change_of_many_regions_with_a_reader_in_between),
+	TEST(a_last_in_the_middle_of_a_change_is_not_its_last),
 	TEST(a_reader_stuck_in_a_fault_delays_nobody),
 	TEST(close_while_memory_changes),
 	TEST(close_while_the_target_ends),

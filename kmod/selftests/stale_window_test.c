@@ -5,9 +5,9 @@
  * the pages are really gone.  If nothing is reported after that, it trusts
  * memory that is gone for ever.
  *
- * A zapper fills a large range with a magic word and drops it.  A reader drains
- * the reports of its last page, which goes last, and after each LAST with
- * generation L looks at the page.  If it finds magic, it caches that as valid
+ * A zapper writes a magic word to the last page of a large range and drops the
+ * range.  A reader drains the reports of that page, which goes last, and after
+ * each LAST with generation L looks at the page.  If it finds magic, it caches that as valid
  * at generation L.  When the change is complete, a cache that says "magic",
  * with the counter still at L and nothing to read, is stale: never.
  *
@@ -36,8 +36,11 @@
 
 #define MAGIC		0x6d61676963212121
 
-/* Of the range that is dropped: its zap takes long enough to get in between. */
-#define RANGE_PAGES	2048
+/*
+ * Of the range that is dropped: enough for a reader to get in between.  It is a
+ * private mapping of a file, since those pages come back many at a time.
+ */
+#define RANGE_PAGES	8192
 /* Rounds in which the window was hit, to go for; and where to give up. */
 #define ENOUGH_HITS	50
 #define TOO_FEW_HITS	10
@@ -253,17 +256,32 @@ static void *read_reports(void *arg)
 	}
 }
 
-static void fill(char *start, size_t length)
+static char *map_range(void)
 {
-	for (size_t i = 0; i < length; i += page_size())
-		*(u64 *)(start + i) = MAGIC;
+	int fd = make_shared_file(RANGE_PAGES);
+	char *pages = map_untouched(RANGE_PAGES, PROT_READ | PROT_WRITE,
+				    MAP_SHARED, fd);
+
+	touch(pages, RANGE_PAGES);
+	CHECK_EQ(munmap(pages, RANGE_PAGES * page_size()), 0);
+	pages = map_untouched(RANGE_PAGES, PROT_READ | PROT_WRITE, MAP_PRIVATE,
+			      fd);
+	close(fd);
+	return pages;
+}
+
+static void fill(struct window *window)
+{
+	for (size_t i = 0; i < RANGE_PAGES; i++)
+		__atomic_load_n(window->range + i * page_size(),
+				__ATOMIC_RELAXED);
+	*window->page = MAGIC;
 }
 
 static void run_window(const void *arg)
 {
 	const struct variant *variant = arg;
-	size_t length = RANGE_PAGES * page_size();
-	struct window window = { .range = map_pages(RANGE_PAGES) };
+	struct window window = { .range = map_range() };
 	struct run run = { .window = &window, .variant = variant };
 	pthread_t reader;
 
@@ -272,13 +290,13 @@ static void run_window(const void *arg)
 	window.device = open_device(O_NONBLOCK);
 	window.page = (u64 *)window.range;
 	if (!variant->first_page)
-		window.page += (length - page_size()) / sizeof(u64);
+		window.page += (RANGE_PAGES - 1) * page_size() / sizeof(u64);
 	register_region(&window.witness, window.page, page_size(), 1);
 	register_region(&window.device, window.page, page_size(), 1);
 	reader = start_thread(read_reports, &run);
 
 	while (window.hits < ENOUGH_HITS && window.rounds < MAX_ROUNDS) {
-		fill(window.range, length);
+		fill(&window);
 		set_phase(&window, FILLED);
 		wait_for_phase(&window, READY);
 		zap(window.range, RANGE_PAGES);
