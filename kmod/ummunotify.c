@@ -34,19 +34,19 @@
 
 #include <linux/anon_inodes.h>
 #include <linux/cache.h>
-#include <linux/cpumask.h>
+#include <linux/cdev.h>
+#include <linux/device.h>
 #include <linux/fs.h>
 #include <linux/init.h>
 #include <linux/irq_work.h>
 #include <linux/list.h>
-#include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/poll.h>
 #include <linux/rbtree_augmented.h>
-#include <linux/sched.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
 #include <linux/uaccess.h>
@@ -59,10 +59,7 @@
 /* Records that a read() moves per hold of the lock. */
 #define UMMUNOTIFY_READ_BATCH	16
 
-/*
- * Regions that an invalidation reports per hold of the lock.  See
- * ummunotify_walk() for why this should exceed the number of CPUs.
- */
+/* Regions that an invalidation reports per hold of the lock. */
 #define UMMUNOTIFY_WALK_BATCH	64
 
 /*
@@ -562,24 +559,24 @@ static bool ummunotify_settled(struct ummunotify_ctx *ctx, unsigned long start,
  * since the caller may be anybody: reclaim, khugepaged, another process that
  * truncates a shared file.
  *
- * The walk ends even if others register regions in front of it as fast as they
- * can: the lock is fair, so that each other CPU adds at most one region while
- * this one reports a batch, and a batch is no smaller than the number of CPUs.
+ * In practice the walk ends even if others register regions in front of it as
+ * fast as they can: whoever takes the lock in between adds one region, while
+ * this one reports a batch.
  */
 static void ummunotify_walk(struct ummunotify_walk *walk)
 {
-	const unsigned int batch = max_t(unsigned int, UMMUNOTIFY_WALK_BATCH,
-					 nr_cpu_ids);
 	struct ummunotify_ctx *ctx = walk->ctx;
-	struct ummunotify_region *region;
+	struct ummunotify_region *region = NULL;
 	unsigned int hits = 0;
 	bool settled = true;
 
 	raw_spin_lock(&ctx->lock);
-	region = ummunotify_first_overlap(ctx, walk->start, walk->last);
+	/* Behind the end there is only what was running before it: told already. */
+	if (!ctx->final)
+		region = ummunotify_first_overlap(ctx, walk->start, walk->last);
 	while (region) {
 		ummunotify_report(walk, region);
-		if (likely(++hits < batch)) {
+		if (likely(++hits < UMMUNOTIFY_WALK_BATCH)) {
 			region = ummunotify_next_overlap(region, walk->start,
 							 walk->last);
 		} else {
@@ -592,6 +589,8 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 			hits = 0;
 			settled = false;
 			raw_spin_lock(&ctx->lock);
+			if (ctx->final)
+				break;
 			region = ummunotify_overlap_behind(ctx, place_start,
 							   place_cookie,
 							   walk->start,
@@ -688,8 +687,10 @@ static void ummunotify_mm_release(struct mmu_notifier *notifier,
 		return;
 
 	ummunotify_walk(&walk);
+	raw_spin_lock(&ctx->lock);
 	/* Pairs with the acquire in ummunotify_read(). */
 	smp_store_release(&ctx->final, true);
+	raw_spin_unlock(&ctx->lock);
 	wake_up_interruptible_poll(&ctx->wait, EPOLLIN | EPOLLRDNORM | EPOLLHUP);
 	kill_fasync(&ctx->fasync, SIGIO, POLL_HUP);
 }
@@ -840,6 +841,8 @@ static ssize_t ummunotify_deliver(struct ummunotify_ctx *ctx,
 		n = ummunotify_commit(ctx, n);
 		delivered += n;
 		if (n && ctx->batch[n - 1].type == UMMUNOTIFY_EVENT_TYPE_LAST)
+			break;
+		if (delivered && signal_pending(current))
 			break;
 		cond_resched();
 	}
@@ -1038,7 +1041,7 @@ static long ummunotify_register(struct ummunotify_ctx *ctx,
 static long ummunotify_unregister(struct ummunotify_ctx *ctx,
 				  u64 __user *arg)
 {
-	struct ummunotify_region *region;
+	struct ummunotify_region *region, *surplus = NULL;
 	bool wake = false;
 	bool kept;
 	u64 cookie;
@@ -1067,11 +1070,16 @@ static long ummunotify_unregister(struct ummunotify_ctx *ctx,
 			wake = true;
 		}
 	}
+	/* Where there are enough, there are more with every region less. */
 	kept = ummunotify_spare(ctx, region);
+	if (!kept)
+		surplus = ummunotify_take_spare(ctx);
 	raw_spin_unlock(&ctx->lock);
 
 	if (!kept)
 		kmem_cache_free(ummunotify_region_cache, region);
+	if (surplus)
+		kmem_cache_free(ummunotify_region_cache, surplus);
 	if (wake)
 		ummunotify_wake(ctx);
 	return 0;
@@ -1202,14 +1210,15 @@ static int ummunotify_release(struct inode *inode, struct file *file)
 	struct ummunotify_region *region, *next;
 	unsigned int freed = 0;
 
+	/* A mapping of the page reads "changed" before nobody watches any more. */
 	raw_spin_lock(&ctx->lock);
 	ctx->closing = true;
+	ummunotify_raise_generation(ctx);
 	raw_spin_unlock(&ctx->lock);
 	mmu_notifier_unregister(&ctx->notifier, ctx->notifier.mm);
 	irq_work_sync(&ctx->wake_work);
 
-	/* Nobody else is left.  A mapping of the page now reads "changed". */
-	ummunotify_raise_generation(ctx);
+	/* Nobody else is left. */
 	rbtree_postorder_for_each_entry_safe(region, next,
 					     &ctx->cookies.rb_root,
 					     cookie_node) {
@@ -1239,29 +1248,66 @@ static const struct file_operations ummunotify_fops = {
 	.mmap		= ummunotify_mmap,
 };
 
-static struct miscdevice ummunotify_misc = {
-	.minor	= MISC_DYNAMIC_MINOR,
-	.name	= "ummunotify",
-	.fops	= &ummunotify_fops,
-};
+/*
+ * Not a misc device: misc_open() holds the mutex of all misc devices while it
+ * calls open(), which waits for the caller's mmap_lock here.  Who can hold that
+ * for long, with a file system of his own say, would keep /dev/kvm and
+ * /dev/fuse from being opened by everybody.
+ */
+static dev_t ummunotify_devt;
+static struct cdev ummunotify_cdev;
+static struct class *ummunotify_class;
 
 static int __init ummunotify_init(void)
 {
+	struct device *device;
 	int ret;
 
 	ummunotify_region_cache = KMEM_CACHE(ummunotify_region, SLAB_ACCOUNT);
 	if (!ummunotify_region_cache)
 		return -ENOMEM;
 
-	ret = misc_register(&ummunotify_misc);
+	ret = alloc_chrdev_region(&ummunotify_devt, 0, 1, KBUILD_MODNAME);
 	if (ret)
-		kmem_cache_destroy(ummunotify_region_cache);
+		goto err_cache;
+
+	ummunotify_class = ummunotify_class_create(KBUILD_MODNAME);
+	if (IS_ERR(ummunotify_class)) {
+		ret = PTR_ERR(ummunotify_class);
+		goto err_chrdev;
+	}
+
+	cdev_init(&ummunotify_cdev, &ummunotify_fops);
+	ummunotify_cdev.owner = THIS_MODULE;
+	ret = cdev_add(&ummunotify_cdev, ummunotify_devt, 1);
+	if (ret)
+		goto err_class;
+
+	device = device_create(ummunotify_class, NULL, ummunotify_devt, NULL,
+			       KBUILD_MODNAME);
+	if (IS_ERR(device)) {
+		ret = PTR_ERR(device);
+		goto err_cdev;
+	}
+	return 0;
+
+err_cdev:
+	cdev_del(&ummunotify_cdev);
+err_class:
+	class_destroy(ummunotify_class);
+err_chrdev:
+	unregister_chrdev_region(ummunotify_devt, 1);
+err_cache:
+	kmem_cache_destroy(ummunotify_region_cache);
 	return ret;
 }
 
 static void __exit ummunotify_exit(void)
 {
-	misc_deregister(&ummunotify_misc);
+	device_destroy(ummunotify_class, ummunotify_devt);
+	cdev_del(&ummunotify_cdev);
+	class_destroy(ummunotify_class);
+	unregister_chrdev_region(ummunotify_devt, 1);
 	kmem_cache_destroy(ummunotify_region_cache);
 }
 

@@ -6,9 +6,11 @@
 #ifndef _UMMUNOTIFY_COMPAT_H
 #define _UMMUNOTIFY_COMPAT_H
 
+#include <linux/device.h>
 #include <linux/file.h>
 #include <linux/gfp.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/version.h>
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(5, 10, 0)
@@ -53,5 +55,14 @@ static inline void ummunotify_vm_flags_mod(struct vm_area_struct *vma,
 	vm_flags_mod(vma, set, clear);
 }
 #endif
+
+static inline struct class *ummunotify_class_create(const char *name)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 4, 0)
+	return class_create(THIS_MODULE, name);
+#else
+	return class_create(name);
+#endif
+}
 
 #endif /* _UMMUNOTIFY_COMPAT_H */

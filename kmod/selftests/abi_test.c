@@ -56,13 +56,17 @@ static void layouts_are_those_of_2010(const void *unused)
 	CHECK_EQ(sizeof(((struct ummunotify_event *)0)->hint_start), 8);
 }
 
-static void it_is_a_misc_device(const void *unused)
+/*
+ * Not a misc device, as in 2010: who opens one has the mutex of them all, and
+ * here waits for the memory map of a process that may not let go of it.
+ */
+static void its_open_holds_up_no_misc_device(const void *unused)
 {
 	struct stat status;
 
 	CHECK_EQ(stat(DEVICE_PATH, &status), 0);
 	CHECK(S_ISCHR(status.st_mode));
-	CHECK_EQ(major(status.st_rdev), 10);
+	CHECK(major(status.st_rdev) != 10);
 }
 
 static void open_for_writing_is_refused(const void *unused)
@@ -542,7 +546,7 @@ static void a_tagged_address_is_untagged(const void *unused)
 static const struct test tests[] = {
 	TEST(numbers_are_those_of_2010),
 	TEST(layouts_are_those_of_2010),
-	TEST(it_is_a_misc_device),
+	TEST(its_open_holds_up_no_misc_device),
 	TEST(open_for_writing_is_refused),
 	TEST(a_read_only_fd_cannot_be_written),
 	TEST(there_is_no_position),
