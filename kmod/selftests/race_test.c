@@ -373,7 +373,8 @@ static void a_change_of_many_regions_with_a_reader_in_between(const void *unused
  * read everything, LAST included, before the change goes on.
  */
 
-enum { WALKED = 20000 };
+/* Enough to take longer than a timer without high resolution. */
+enum { WALKED = 100000 };
 
 struct preempting {
 	struct device	device;
