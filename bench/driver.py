@@ -208,13 +208,9 @@ def measure() -> Figures:
     """Run driver_cost in the guest; return its figures."""
     program, empty = (shlex.quote(str(path)) for path in build())
     regions = " ".join(map(str, REGIONS))
-    # slab_nomerge: else the slab of regions is not listed under its own name.
     options = ("--module", "--icount", "--memory", "3G", "--timeout", "1200")
     script = f"insmod {empty} && {program} {regions} && rmmod empty_notifier"
-    printed = run(
-        *(*GUEST, "run", KERNEL, *options, "--kopt", "slab_nomerge"),
-        *("--", "sh", "-c", script),
-    )
+    printed = run(*GUEST, "run", KERNEL, *options, "--", "sh", "-c", script)
     figures = re.findall(r"^(\d+) (\S+) (\d+)$", printed, re.MULTILINE)
     return {(int(n), name): int(value) for n, name, value in figures}
 
