@@ -90,7 +90,8 @@ $(SYSTEM): tools/guest.py Makefile
 	$(PYTHON) tools/guest.py setup $(PACKAGES)
 	@touch $@
 
-$(INSTALLED): $(SYSTEM) pyproject.toml setup.py aioummu/_abi_build.py kmod/include/uapi/linux/ummunotify.h
+$(INSTALLED): $(SYSTEM) pyproject.toml setup.py $(wildcard aioummu/*_build.py engine/*) \
+		kmod/include/uapi/linux/ummunotify.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'

@@ -9,6 +9,9 @@ from setuptools import setup
 free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 setup(
-    cffi_modules=["aioummu/_abi_build.py:ffibuilder"],
+    cffi_modules=[
+        "aioummu/_abi_build.py:ffibuilder",
+        "aioummu/_engine_build.py:ffibuilder",
+    ],
     options={} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -1,7 +1,7 @@
 """Know when memory that you remember an address of changes its meaning.
 
 Asynchronous notifications of munmap, mremap, madvise and the like, from the
-ummunotify driver::
+ummunotify driver or, where that is not loaded, from an embedded backend::
 
     async with aioummu.open_notifier() as notifier:
         with notifier.register(buffer) as region:
@@ -11,10 +11,13 @@ ummunotify driver::
                     case aioummu.Last(generation=generation): ...
 
 Addresses and sizes are in bytes, ends are exclusive. Runs on asyncio, uvloop and
-trio. :class:`Device` is the same without an event loop.
+trio. :class:`Device` and :class:`EmbeddedDevice` are the same without an event
+loop.
 """
 
+from aioummu._backends import Backend, open_device
 from aioummu._device import DEFAULT_PATH, Device, DeviceLike, Page
+from aioummu._embedded import EmbeddedDevice
 from aioummu._errors import (
     BusyError,
     ClosedError,
@@ -25,11 +28,16 @@ from aioummu._errors import (
     ForkedError,
     InvalidBufferError,
     InvalidRangeError,
+    NoBackendError,
     NoDeviceError,
     ProcessGoneError,
+    RangeBusyError,
+    SubinterpreterError,
     TooManyRegionsError,
     UmmunotifyError,
     UnknownCookieError,
+    UnsupportedKernelError,
+    UnwatchableRangeError,
 )
 from aioummu._notifier import Notifier, open_notifier
 from aioummu._readiness import ReadinessKind
@@ -53,6 +61,7 @@ __all__ = [
     "INVAL",
     "LAST",
     "RECORD_SIZE",
+    "Backend",
     "BusyError",
     "ClosedError",
     "Device",
@@ -60,6 +69,7 @@ __all__ = [
     "DeviceLike",
     "DevicePermissionError",
     "DuplicateCookieError",
+    "EmbeddedDevice",
     "Event",
     "ForeignDeviceError",
     "ForkedError",
@@ -67,17 +77,23 @@ __all__ = [
     "InvalidBufferError",
     "InvalidRangeError",
     "Last",
+    "NoBackendError",
     "NoDeviceError",
     "Notifier",
     "Page",
     "ProcessGoneError",
+    "RangeBusyError",
     "ReadinessKind",
     "Record",
     "Region",
+    "SubinterpreterError",
     "TooManyRegionsError",
     "UmmunotifyError",
     "UnknownCookieError",
+    "UnsupportedKernelError",
+    "UnwatchableRangeError",
     "decode",
+    "open_device",
     "open_notifier",
     "unpack",
 ]

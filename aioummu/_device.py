@@ -37,7 +37,7 @@ DEFAULT_PATH = "/dev/ummunotify"
 
 
 class Page(Protocol):
-    """The mapped page whose item 0 is the generation."""
+    """A mapped page with a number that changes."""
 
     def __getitem__(self, index: int, /) -> int:
         """Load the number; :raises ValueError: if the page was released."""
@@ -45,11 +45,25 @@ class Page(Protocol):
 
 
 class DeviceLike(Protocol):
-    """What a notifier needs of a device: the driver's, or a stand-in for it."""
+    """What a notifier needs of a device: a backend's, or a stand-in for it."""
+
+    @property
+    def backend(self) -> str:
+        """The name of what is behind it."""
+        ...
 
     @property
     def page(self) -> Page:
-        """The generation, for reading without a system call."""
+        """A page whose item 0 never returns to a value that it had.
+
+        While it stays what it was before a look at :attr:`generation`, so does
+        the generation.
+        """
+        ...
+
+    @property
+    def generation(self) -> int:
+        """The number of invalidations of any region."""
         ...
 
     def fileno(self) -> int:
@@ -64,6 +78,18 @@ class DeviceLike(Protocol):
         """Stop watching the region; no later readinto() reports it."""
         ...
 
+    def spent(self, cookie: int) -> bool:
+        """Tell whether a part of the region is not watched any more."""
+        ...
+
+    def rearm(self, cookie: int) -> None:
+        """Watch all of the region again, if it is spent."""
+        ...
+
+    def fence(self) -> None:
+        """Return when all changes that are under way have been counted."""
+        ...
+
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read whole records; None: there are none now, 0: nor will there be."""
         ...
@@ -73,7 +99,7 @@ class DeviceLike(Protocol):
         ...
 
 
-class _OrderedPage:
+class OrderedPage:
     """A page for CPUs where a plain load could be torn or taken out of order."""
 
     __slots__ = ("_counter", "_view")
@@ -158,6 +184,11 @@ class Device:
         return self._fd < 0
 
     @property
+    def backend(self) -> str:
+        """The string "driver"."""
+        return "driver"
+
+    @property
     def page(self) -> Page:
         """The mapped page: item 0 is the generation, ValueError once closed."""
         return self._page
@@ -231,6 +262,16 @@ class Device:
                     f"cookie {cookie} names no region of this device"
                 ) from error
             raise self._error(error) from error
+
+    def spent(self, cookie: int) -> bool:  # noqa: ARG002 - DeviceLike
+        """Return False: the driver watches addresses, whatever is mapped there."""
+        return False
+
+    def rearm(self, cookie: int) -> None:
+        """Do nothing: the driver watches addresses, whatever is mapped there."""
+
+    def fence(self) -> None:
+        """Do nothing: the driver counts a change before the first page goes."""
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read records into a buffer of at least 32 bytes.
@@ -325,7 +366,7 @@ class Device:
         return DeviceError(code, f"the device refused: {error.strerror}")
 
 
-def _recognise(fd: int, *, fresh: bool) -> tuple[mmap.mmap, memoryview | _OrderedPage]:
+def _recognise(fd: int, *, fresh: bool) -> tuple[mmap.mmap, memoryview | OrderedPage]:
     """Make sure that it is an ummunotify device, and map its page."""
     try:
         fcntl.ioctl(fd, _abi.EXCHANGE_FEATURES, _abi.FEATURES.pack(0))
@@ -344,7 +385,7 @@ def _recognise(fd: int, *, fresh: bool) -> tuple[mmap.mmap, memoryview | _Ordere
     except (OSError, ValueError) as error:  # ValueError: a file, and too short
         raise _foreign(error) from error
     view = memoryview(mapped).cast("Q")
-    return mapped, (view if lib.AIOUMMU_PLAIN_LOAD_IS_ACQUIRE else _OrderedPage(view))
+    return mapped, (view if lib.AIOUMMU_PLAIN_LOAD_IS_ACQUIRE else OrderedPage(view))
 
 
 def _open_error(error: OSError) -> DeviceError:

@@ -7,11 +7,16 @@
     |   +-- NoDeviceError (FileNotFoundError)
     |   +-- DevicePermissionError (PermissionError)
     |   +-- ForeignDeviceError
+    |   +-- UnsupportedKernelError
+    |   +-- NoBackendError
     |   +-- TooManyRegionsError
+    |   +-- UnwatchableRangeError
+    |   +-- RangeBusyError
     |   +-- ProcessGoneError (ProcessLookupError)
     +-- ClosedError (anyio.ClosedResourceError)
     +-- BusyError (anyio.BusyResourceError)
     +-- ForkedError (RuntimeError)
+    +-- SubinterpreterError (RuntimeError)
     +-- InvalidBufferError (BufferError)
     +-- InvalidRangeError (ValueError)
     +-- DuplicateCookieError (ValueError)
@@ -36,15 +41,31 @@ class NoDeviceError(DeviceError, FileNotFoundError):
 
 
 class DevicePermissionError(DeviceError, PermissionError):
-    """The device is there, but this user may not open it."""
+    """The device or system call is there, but this user may not use it."""
 
 
 class ForeignDeviceError(DeviceError):
     """The device does not speak the ummunotify interface."""
 
 
+class UnsupportedKernelError(DeviceError):
+    """The kernel is too old or lacks what the embedded backend is made of."""
+
+
+class NoBackendError(DeviceError):
+    """Neither the driver nor the embedded backend can be used here."""
+
+
 class TooManyRegionsError(DeviceError):
-    """The driver's limit of regions per open device is reached (ENOSPC)."""
+    """The limit of regions per open device is reached (ENOSPC)."""
+
+
+class UnwatchableRangeError(DeviceError):
+    """The embedded backend cannot watch what is mapped there, if anything is."""
+
+
+class RangeBusyError(DeviceError):
+    """Another userfaultfd owns the mapping, so the embedded backend can't (EBUSY)."""
 
 
 class ProcessGoneError(DeviceError, ProcessLookupError):
@@ -71,6 +92,10 @@ class ForkedError(UmmunotifyError, RuntimeError):
 
     The parent's memory is watched, also through the child's copy.
     """
+
+
+class SubinterpreterError(UmmunotifyError, RuntimeError):
+    """The embedded backend serves the main interpreter of a process only."""
 
 
 class InvalidBufferError(UmmunotifyError, BufferError):

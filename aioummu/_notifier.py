@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
 from anyio.lowlevel import checkpoint
 
-from aioummu._device import DEFAULT_PATH, Device
+from aioummu._backends import open_device
 from aioummu._errors import (
     BusyError,
     ClosedError,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from typing import Self
 
+    from aioummu._backends import Backend
     from aioummu._device import DeviceLike
     from aioummu._readiness import ReadinessKind
     from aioummu._regions import BufferLike
@@ -55,7 +56,8 @@ _RECORDS_PER_READ = 1024
 @asynccontextmanager
 async def open_notifier(
     *,
-    path: str | os.PathLike[str] = DEFAULT_PATH,
+    backend: Backend = "auto",
+    path: str | os.PathLike[str] | None = None,
     device: DeviceLike | None = None,
     readiness: ReadinessKind = "poll",
 ) -> AsyncIterator[Notifier]:
@@ -68,19 +70,29 @@ async def open_notifier(
                 async for event in notifier:
                     ...
 
-    :param path: the device to open
+    :param backend: ``"driver"``, ``"embedded"``, or ``"auto"``: the driver where
+        it can be used, else the embedded backend, see ``docs/backends.md``
+    :param path: the driver's device, if it is not the usual one; then, only the
+        driver is used
     :param device: a device that is open already, or a stand-in for it, instead
-        of *path*; the notifier closes it
+        of the others; the notifier closes it
     :param readiness: how to wait: ``"poll"`` has the event loop poll the device,
         ``"sigio"`` has the kernel send a signal. That is SIGIO in the main
         thread, where it replaces a handler of the program for that time; and
         SIGRTMIN, blocked, in other threads.
+    :raises NoBackendError: if neither backend can be used
     :raises NoDeviceError: if there is no such device
-    :raises DevicePermissionError: if the caller may not open it
+    :raises DevicePermissionError: if the caller may not use the wanted backend
     :raises ForeignDeviceError: if it is something else than an ummunotify device
+    :raises UnsupportedKernelError: if the kernel is too old for the embedded one
+    :raises SubinterpreterError: if that is wanted in a sub-interpreter
     :raises DeviceError: if it cannot be opened for another reason
     """
-    notifier = Notifier(Device(path) if device is None else device, readiness)
+    if device is None:
+        device = open_device(backend, path)
+    elif backend != "auto" or path is not None:
+        raise ValueError("device takes the place of backend and path")
+    notifier = Notifier(device, readiness)
     try:
         yield notifier
     finally:
@@ -119,6 +131,8 @@ class Notifier:
         self._page = device.page
         # The generation of the last LAST that was handed out.
         self._reported = 0
+        # What the page says while the generation is surely that one.
+        self._settled = 0
         self._regions: dict[int, Region] = {}
         self._cookies = count(1)
         # Held from the read to the look-up of the regions, so that a record
@@ -138,6 +152,11 @@ class Notifier:
         return self._closed
 
     @property
+    def backend(self) -> str:
+        """The backend in use: ``"driver"`` or ``"embedded"``."""
+        return self._device.backend
+
+    @property
     def regions(self) -> Mapping[int, Region]:
         """The registered regions by cookie; a live view, not a copy."""
         return MappingProxyType(self._regions)
@@ -146,30 +165,39 @@ class Notifier:
     def generation(self) -> int:
         """The number of invalidations of any region since the device was opened.
 
-        A load from memory, no system call.
+        No system call; if nothing has changed, a load from memory.
 
         :raises ClosedError: if the notifier is closed
         :raises ForkedError: in a forked child
         """
-        try:
-            return self._page[0]
-        except ValueError:
-            raise self._gone() from None
+        return self._device.generation if self.changed else self._reported
 
     @property
     def changed(self) -> bool:
         """Whether there were invalidations since the last :class:`Last` event.
 
         While it is false, all that was ever reported has been received, and no
-        region has changed since. A load from memory, no system call.
+        region has changed since. A load from memory, no system call; only the
+        first look after a change takes longer.
+
+        On the embedded backend that is true of changes whose call has returned;
+        see :meth:`fence`.
 
         :raises ClosedError: if the notifier is closed
         :raises ForkedError: in a forked child
         """
         try:
-            return self._page[0] != self._reported
-        except ValueError:
+            word = self._page[0]
+            if word == self._settled:
+                return False
+            reported = self._reported
+            if self._device.generation != reported:
+                return True
+        except (ValueError, ClosedError):
             raise self._gone() from None
+        # The word is older than the generation, so it can only be outdated.
+        self._settled = word
+        return False
 
     @overload
     def register(
@@ -206,9 +234,12 @@ class Notifier:
         :raises InvalidRangeError: unless 0 <= start < end < 2**64, or if the
             cookie does not fit 64 bits
         :raises DuplicateCookieError: if the cookie names a region already
-        :raises TooManyRegionsError: if the driver's limit is reached
+        :raises TooManyRegionsError: if the backend's limit is reached
+        :raises UnwatchableRangeError: if the embedded backend cannot watch what
+            is mapped there, or if nothing is
+        :raises RangeBusyError: if another userfaultfd owns what is mapped there
         :raises ProcessGoneError: if the watched process has ended
-        :raises DeviceError: if the driver refuses for another reason
+        :raises DeviceError: if the backend refuses for another reason
         :raises ClosedError: if the notifier is closed
         :raises ForkedError: in a forked child
         """
@@ -245,6 +276,22 @@ class Notifier:
             if region is None:
                 raise UnknownCookieError(f"cookie {cookie} names no region")
             self._withdraw(region)
+
+    def fence(self) -> None:
+        """Return when every change that is under way has been counted.
+
+        The driver counts a change before the first page goes, so this does
+        nothing there. The embedded backend counts an unmapping before the call
+        that makes it returns, but after the memory has gone: a thread that may
+        have been given an address which another is just giving back calls this
+        before it looks at :attr:`changed`. Then it is one system call, unless
+        somebody is changing watched mappings at this moment.
+
+        :raises ClosedError: if the notifier is closed
+        :raises ForkedError: in a forked child
+        """
+        self._check_open()
+        self._device.fence()
 
     def __aiter__(self) -> Self:
         return self
@@ -339,6 +386,17 @@ class Notifier:
                 self._device.unregister(region.cookie)
                 del self._regions[region.cookie]
             region._registered = False
+
+    def _spent(self, region: Region, /) -> bool:
+        with self._lock:
+            return region.registered and self._device.spent(region.cookie)
+
+    def _rearm(self, region: Region, /) -> None:
+        with self._lock:
+            self._check_open()
+            if not region.registered:
+                raise UnknownCookieError(f"{region!r}: register it anew")
+            self._device.rearm(region.cookie)
 
     def _gone(self) -> ClosedError | ForkedError:
         if self._forked:

@@ -36,6 +36,10 @@ class RegionOwner(Protocol):
 
     def _withdraw(self, region: Region, /) -> None: ...
 
+    def _spent(self, region: Region, /) -> bool: ...
+
+    def _rearm(self, region: Region, /) -> None: ...
+
 
 class Region:
     """A watched range of addresses, as returned by ``Notifier.register()``.
@@ -79,6 +83,36 @@ class Region:
     def registered(self) -> bool:
         """Whether the region is being watched."""
         return self._registered and not self._owner.closed
+
+    @property
+    def spent(self) -> bool:
+        """Whether a part of it is not watched any more, until :meth:`rearm`.
+
+        Becomes true on the embedded backend when memory of the region is
+        unmapped or moved, which is also reported; what is mapped there later is
+        not watched. Always false on the driver, which watches addresses, and
+        for a region that is not registered.
+
+        :raises ForkedError: in a forked child
+        """
+        return self.registered and self._owner._spent(self)
+
+    def rearm(self) -> None:
+        """Watch what is mapped at the region's addresses now.
+
+        Does nothing unless the region is :attr:`spent`. What happened before
+        this call returned may not be reported: read, pin or register the memory
+        elsewhere after it, not before.
+
+        :raises UnknownCookieError: if the region is not registered any more
+        :raises UnwatchableRangeError: if there is something that cannot be
+            watched, or nothing; the region is still spent then
+        :raises RangeBusyError: if another userfaultfd owns what is mapped there
+        :raises DeviceError: if it is refused for another reason
+        :raises ClosedError: if the notifier is closed
+        :raises ForkedError: in a forked child
+        """
+        self._owner._rearm(self)
 
     def unregister(self) -> None:
         """Stop watching; reports that nobody has received yet are dropped.

@@ -61,6 +61,8 @@ class PipeDevice:
         os.set_blocking(self.receiver, False)
         fcntl.fcntl(self.sender, fcntl.F_SETPIPE_SZ, 1 << 20)
         self.page = memoryview(bytearray(8)).cast("Q")
+        self.backend = "pipe"
+        self.generation = 0
 
     def fileno(self) -> int:
         return self.receiver
@@ -70,6 +72,15 @@ class PipeDevice:
 
     def unregister(self, cookie: int) -> None:
         pass
+
+    def spent(self, cookie: int) -> bool:
+        raise NotImplementedError
+
+    def rearm(self, cookie: int) -> None:
+        raise NotImplementedError
+
+    def fence(self) -> None:
+        raise NotImplementedError
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         try:

@@ -43,7 +43,10 @@ class PipeDevice:
         os.set_blocking(self._receiver, False)
         self._memory = bytearray(8)
         self.page = memoryview(self._memory).cast("Q")
+        self.backend = "pipe"
         self.regions: dict[int, tuple[int, int]] = {}
+        self.spent_cookies: set[int] = set()
+        self.fences = 0
         #: How often readinto() finds nothing, whatever is there.
         self.hiccups = 0
         #: Called by readinto() after it has read.
@@ -56,6 +59,10 @@ class PipeDevice:
 
     def send(self, *records: bytes) -> None:
         os.write(self._sender, b"".join(records))
+
+    @property
+    def generation(self) -> int:
+        return self.page[0]
 
     def set_generation(self, generation: int) -> None:
         self.page[0] = generation
@@ -82,6 +89,15 @@ class PipeDevice:
 
     def unregister(self, cookie: int) -> None:
         del self.regions[cookie]
+
+    def spent(self, cookie: int) -> bool:
+        return cookie in self.spent_cookies
+
+    def rearm(self, cookie: int) -> None:
+        self.spent_cookies.discard(cookie)
+
+    def fence(self) -> None:
+        self.fences += 1
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         self.reads += 1

@@ -18,7 +18,7 @@ import pytest
 
 import aioummu
 from aioummu import Device
-from aioummu._device import _OrderedPage
+from aioummu._device import OrderedPage
 from tests.pipe_device import last
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def test_generation_is_what_the_page_says(driver: Driver, page: str) -> None:
     with Device(driver.path) as device:
         if page == "ordered":  # what other CPUs than x86-64 use
             assert isinstance(device._page, memoryview)
-            device._page = _OrderedPage(device._page)
+            device._page = OrderedPage(device._page)
         for generation in (0, 1, 2**32, 2**64 - 1):
             os.pwrite(driver.fd, generation.to_bytes(8, "little"), 0)
             assert device.generation == device.page[0] == generation

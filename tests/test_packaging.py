@@ -20,7 +20,8 @@ PROJECT = Path(__file__).parent.parent
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the source distribution and the wheel made from that."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("aioummu", "kmod/include", "tests", "tools", "examples", "bench"):
+    folders = ["aioummu", "engine", "kmod/include", "tests", "tools", "examples"]
+    for name in (*folders, "bench"):
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(PROJECT / name, source / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
@@ -37,6 +38,7 @@ def test_source_distribution_has_the_header(built: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert "kmod/include/uapi/linux/ummunotify.h" in names
+    assert "engine/engine.h" in names
     assert "tests/test_packaging.py" in names
     assert "LICENSE" in names
 
@@ -50,7 +52,11 @@ def test_wheel_is_for_all_later_versions_of_python_and_typed(built: Path) -> Non
         "aioummu",
         "aioummu-0.1.0.dist-info",
     }
-    assert {"aioummu/py.typed", "aioummu/_ummunotify_abi.abi3.so"} <= names
+    assert {
+        "aioummu/py.typed",
+        "aioummu/_engine.abi3.so",
+        "aioummu/_ummunotify_abi.abi3.so",
+    } <= names
 
 
 def test_wheel_works_where_it_is_unpacked(built: Path, tmp_path: Path) -> None:

@@ -19,6 +19,12 @@ class Owner:
     def _withdraw(self, region: Region, /) -> None:
         raise NotImplementedError
 
+    def _spent(self, region: Region, /) -> bool:
+        raise NotImplementedError
+
+    def _rearm(self, region: Region, /) -> None:
+        raise NotImplementedError
+
 
 def region(cookie: int) -> Region:
     return Region(cookie, 0x1000, 0x2000, Owner())

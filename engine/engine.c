@@ -1,0 +1,1405 @@
+// SPDX-License-Identifier: MIT
+/*
+ * A thread that changes a watched mapping sleeps in the kernel until the event
+ * that says so was read.  So whoever reads must never wait for that thread,
+ * directly or not.  The engine's thread reads, and nothing else: it runs no signal
+ * handler, allocates nothing, changes no mapping, and takes the lock only if it
+ * is free.  What it has read it hands over through a ring.  Whoever holds the lock
+ * looks into the ring before letting go for good, so that nothing stays there.
+ *
+ * Under the lock, nobody allocates either (other than by mmap), because malloc()
+ * and free() change mappings; and nobody waits for events.
+ *
+ * "Has anything changed?" must be answered rightly as soon as the changing call
+ * has returned, so before anybody can know what has changed.  The thread counts
+ * each read in begun before and in finished after; a reader of begun who finds
+ * the number that he knows can rely on everything being as it was.  Otherwise he
+ * waits for that read to finish, and takes what it gave out of the ring.
+ *
+ * Whole mappings are registered with the userfaultfd: half a mapping would be
+ * split, and mremap() would refuse to move or grow it.  The engine remembers what
+ * it has registered ("coverage") and forgets it as events tell that it went away.
+ */
+#define _GNU_SOURCE
+#include "engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/queue.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <linux/ummunotify.h>
+
+#include "mappings.h"
+#include "ranges.h"
+
+/* Not in the headers of older systems. */
+#ifndef USERFAULTFD_IOC_NEW
+#define USERFAULTFD_IOC_NEW		_IO(0xAA, 0x00)
+#endif
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY		1
+#endif
+#ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+#define UFFD_FEATURE_WP_HUGETLBFS_SHMEM	(1 << 12)
+#endif
+#ifndef UFFD_FEATURE_WP_ASYNC
+#define UFFD_FEATURE_WP_ASYNC		(1 << 15)
+#endif
+
+#define NEEDED_FEATURES	(UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP | \
+			 UFFD_FEATURE_EVENT_REMOVE | \
+			 UFFD_FEATURE_PAGEFAULT_FLAG_WP | \
+			 UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
+/* Without it, memory of files cannot be watched. */
+#define WANTED_FEATURES	UFFD_FEATURE_WP_ASYNC
+
+/* Enough for what happens while a holder of the lock is not running. */
+#ifndef AIOUMMU_RING_SIZE
+#define AIOUMMU_RING_SIZE	8192
+#endif
+/* The most mappings without a region that stay registered. */
+#define IDLE_LIMIT	64
+/* Regions that close() takes away before it lets others have the lock. */
+#define CLOSE_BATCH	256
+/* How often to try what others' changes of the same mappings can spoil. */
+#define ATTEMPTS	1000
+#define FIRST_CHUNK	(64u << 10)
+#define CHUNKS		32
+#define STACK_SIZE	(1u << 20)
+
+enum change_kind {
+	CHANGE_DROPS_PAGES,
+	CHANGE_UNMAPS,
+	CHANGE_MOVES,
+};
+
+/**
+ * struct change - what an event says
+ * @kind:	what happened to the range
+ * @start:	first byte
+ * @end:	first byte behind
+ * @target:	first byte of where it was moved
+ */
+struct change {
+	enum change_kind	kind;
+	uint64_t		start;
+	uint64_t		end;
+	uint64_t		target;
+};
+
+/**
+ * struct region - a range that a notifier watches
+ * @range:	in engine.regions
+ * @cookie:	in the notifier's cookies, where start is the number
+ * @notifier:	whose it is
+ * @reported:	in the notifier's reports, if pending
+ * @hint_start:	first byte of what is to be reported
+ * @hint_end:	first byte behind
+ * @pending:	there is a report that nobody has read
+ * @exact:	there was one invalidation since the last read
+ * @spent:	a part of it is not watched any more
+ */
+struct region {
+	struct range		range;
+	struct range		cookie;
+	struct notifier		*notifier;
+	TAILQ_ENTRY(region)	reported;
+	uint64_t		hint_start;
+	uint64_t		hint_end;
+	bool			pending;
+	bool			exact;
+	bool			spent;
+};
+
+/**
+ * struct notifier - what an open device is to the driver
+ * @number:	in engine.notifiers, where start is the number
+ * @cookies:	its regions by cookie
+ * @regions:	how many
+ * @reports:	regions with a report pending
+ * @generation:	invalidations so far
+ * @last_change:	the one that raised the generation last
+ * @last_due:	a LAST record is due behind the reports; whenever it is, and
+ *		only then, the doorbell has been rung
+ * @doorbell:	a pipe with a byte in it while there is something to read
+ */
+struct notifier {
+	struct range		number;
+	struct range		*cookies;
+	uint32_t		regions;
+	TAILQ_HEAD(, region)	reports;
+	uint64_t		generation;
+	uint64_t		last_change;
+	bool			last_due;
+	int			doorbell[2];
+};
+
+/**
+ * struct cover - a mapping that is registered with the userfaultfd
+ * @range:	in engine.coverage
+ * @mapping:	what it was when it was registered
+ * @certain:	it was seen to be registered, and no event has taken it away.
+ *		Otherwise it was moved here, but may be gone already: events of
+ *		different threads can overtake each other.
+ * @idle:	it is among engine.idle
+ * @link:	there
+ */
+struct cover {
+	struct range		range;
+	struct mapping		mapping;
+	bool			certain;
+	bool			idle;
+	TAILQ_ENTRY(cover)	link;
+};
+
+struct free_object {
+	struct free_object	*next;
+};
+
+/**
+ * struct pool - objects of one size; memory comes from mmap() and stays
+ * @size:	of an object in bytes
+ * @free:	unused ones
+ * @available:	how many of them
+ * @chunks:	where they lie
+ * @chunk_sizes:	in bytes
+ * @chunk_count:	how many
+ */
+struct pool {
+	size_t			size;
+	struct free_object	*free;
+	size_t			available;
+	void			*chunks[CHUNKS];
+	size_t			chunk_sizes[CHUNKS];
+	unsigned int		chunk_count;
+};
+
+/**
+ * struct page - read by everybody, mapped for ever, wiped in forked children
+ * @begun:	reads of the userfaultfd that may have begun
+ * @owned:	1; in a child that fork() handlers do not know about: 0
+ */
+struct page {
+	_Atomic uint64_t	begun;
+	_Atomic uint32_t	owned;
+};
+
+/**
+ * struct engine - all there is
+ * @lifecycle:	held while the engine starts or stops
+ * @running:	there is a thread; changes under both locks
+ * @lock:	protects what follows, up to the part of the thread
+ * @userfaultfd:	where the events come from
+ * @mappings:	where to look mappings up
+ * @regions:	of all notifiers, by address
+ * @notifiers:	by number
+ * @coverage:	registered mappings, by address; they do not overlap
+ * @idle:	those that nobody may need any more, oldest first
+ * @idle_count:	how many
+ * @forgotten_start:	registered mappings that there was no room to remember
+ * @forgotten_end:	lie in here
+ * @region_pool:	where regions come from
+ * @notifier_pool:	where notifiers come from
+ * @cover_pool:	where coverage comes from
+ * @change_number:	of the change being applied
+ * @last_number:	of the newest notifier; numbers are not used again
+ * @random:	the last random number
+ * @stop:	an eventfd that ends the thread
+ * @thread:	the thread
+ * @stack:	its stack
+ * @page:	see there
+ * @finished:	reads of the userfaultfd that are over and in the ring
+ * @dead:	the thread has ended because the userfaultfd broke
+ * @ring:	changes from the thread to the holder of the lock
+ * @ring_in:	changes put there so far
+ * @ring_out:	changes taken from there so far
+ * @overrun:	changes were lost because the ring was full
+ * @handover:	orders letting go of the lock and looking into the ring with
+ *		putting something there and trying the lock
+ */
+static struct engine {
+	pthread_mutex_t		lifecycle;
+	bool			running;
+
+	pthread_mutex_t		lock;
+	int			userfaultfd;
+	struct mappings		mappings;
+	struct range		*regions;
+	struct range		*notifiers;
+	struct range		*coverage;
+	TAILQ_HEAD(, cover)	idle;
+	unsigned int		idle_count;
+	uint64_t		forgotten_start;
+	uint64_t		forgotten_end;
+	struct pool		region_pool;
+	struct pool		notifier_pool;
+	struct pool		cover_pool;
+	uint64_t		change_number;
+	int			last_number;
+	uint32_t		random;
+
+	int			stop;
+	pthread_t		thread;
+	void			*stack;
+	struct page		*page;
+	_Atomic uint64_t	finished;
+	atomic_bool		dead;
+	struct change		ring[AIOUMMU_RING_SIZE];
+	_Atomic uint32_t	ring_in;
+	_Atomic uint32_t	ring_out;
+	atomic_bool		overrun;
+	_Atomic uint32_t	handover;
+} engine = {
+	.lifecycle = PTHREAD_MUTEX_INITIALIZER,
+	.lock = PTHREAD_MUTEX_INITIALIZER,
+	.userfaultfd = -1,
+	.mappings = { .fd = -1 },
+	.stop = -1,
+};
+
+#define container_of(pointer, type, member) \
+	((type *)((char *)(pointer) - offsetof(type, member)))
+
+/* ---------------------------------------------------------------- memory --- */
+
+/*
+ * Not part of any mapping that others have: the kernel merges mappings only if
+ * they are alike, and no other is wiped in children.
+ */
+static void *map_memory(size_t size)
+{
+	void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (memory == MAP_FAILED)
+		return NULL;
+	if (madvise(memory, size, MADV_WIPEONFORK)) {
+		munmap(memory, size);
+		return NULL;
+	}
+	return memory;
+}
+
+static void *pool_take(struct pool *pool)
+{
+	struct free_object *object = pool->free;
+
+	if (!object)
+		return NULL;
+	pool->free = object->next;
+	pool->available--;
+	memset(object, 0, pool->size);
+	return object;
+}
+
+static void pool_give(struct pool *pool, void *memory)
+{
+	struct free_object *object = memory;
+
+	object->next = pool->free;
+	pool->free = object;
+	pool->available++;
+}
+
+/* Makes sure that so many objects can be taken. */
+static int pool_reserve(struct pool *pool, size_t count)
+{
+	while (pool->available < count) {
+		unsigned int n = pool->chunk_count;
+		size_t size;
+		char *chunk, *object;
+
+		if (n == CHUNKS)
+			return -ENOMEM;
+		size = n ? 2 * pool->chunk_sizes[n - 1] : FIRST_CHUNK;
+		chunk = map_memory(size);
+		if (!chunk)
+			return -ENOMEM;
+		pool->chunks[n] = chunk;
+		pool->chunk_sizes[n] = size;
+		pool->chunk_count = n + 1;
+		/* From behind, so that they are taken in order. */
+		object = chunk + size / pool->size * pool->size;
+		while (object > chunk)
+			pool_give(pool, object -= pool->size);
+	}
+	return 0;
+}
+
+static void pool_release(struct pool *pool, size_t object_size)
+{
+	while (pool->chunk_count) {
+		unsigned int n = --pool->chunk_count;
+
+		munmap(pool->chunks[n], pool->chunk_sizes[n]);
+	}
+	*pool = (struct pool) { .size = object_size };
+}
+
+static void reset_pools(void)
+{
+	pool_release(&engine.region_pool, sizeof(struct region));
+	pool_release(&engine.notifier_pool, sizeof(struct notifier));
+	pool_release(&engine.cover_pool, sizeof(struct cover));
+}
+
+/* Xorshift, which need not be better than random enough for a treap. */
+static uint32_t random_priority(void)
+{
+	engine.random ^= engine.random << 13;
+	engine.random ^= engine.random >> 17;
+	engine.random ^= engine.random << 5;
+	return engine.random;
+}
+
+/* -------------------------------------------------------------- reporting --- */
+
+/* Something became readable: the pipe is empty, so neither call can wait. */
+static void ring_doorbell(struct notifier *notifier)
+{
+	notifier->last_due = true;
+	while (write(notifier->doorbell[1], "", 1) < 0 && errno == EINTR)
+		;
+}
+
+static void quiet_doorbell(struct notifier *notifier)
+{
+	char byte;
+
+	notifier->last_due = false;
+	while (read(notifier->doorbell[0], &byte, 1) < 0 && errno == EINTR)
+		;
+}
+
+static void drop_report(struct region *region)
+{
+	region->pending = false;
+	TAILQ_REMOVE(&region->notifier->reports, region, reported);
+}
+
+static void hit(struct range *range, void *context)
+{
+	struct region *region = container_of(range, struct region, range);
+	struct notifier *notifier = region->notifier;
+	const struct change *change = context;
+
+	if (notifier->last_change != engine.change_number) {
+		notifier->last_change = engine.change_number;
+		notifier->generation++;
+	}
+	if (change->kind != CHANGE_DROPS_PAGES)
+		region->spent = true;
+	if (region->pending) {
+		region->exact = false;
+		return;
+	}
+	region->pending = true;
+	region->exact = true;
+	region->hint_start = change->start > range->start ? change->start :
+							    range->start;
+	region->hint_end = change->end < range->end ? change->end : range->end;
+	TAILQ_INSERT_TAIL(&notifier->reports, region, reported);
+	if (!notifier->last_due)
+		ring_doorbell(notifier);
+}
+
+/* --------------------------------------------------------------- coverage --- */
+
+/* Grows engine.forgotten so that it has this range in it. */
+static void forget(uint64_t start, uint64_t end)
+{
+	if (engine.forgotten_start == engine.forgotten_end) {
+		engine.forgotten_start = start;
+		engine.forgotten_end = end;
+		return;
+	}
+	if (start < engine.forgotten_start)
+		engine.forgotten_start = start;
+	if (end > engine.forgotten_end)
+		engine.forgotten_end = end;
+}
+
+/* Returns NULL if there is no room, which is not to be feared while reserved. */
+static struct cover *add_cover(const struct mapping *mapping, uint64_t start,
+			       uint64_t end, bool certain)
+{
+	struct cover *cover = pool_take(&engine.cover_pool);
+
+	if (!cover) {
+		forget(start, end);
+		return NULL;
+	}
+	cover->range.start = start;
+	cover->range.end = end;
+	cover->range.priority = random_priority();
+	cover->mapping = *mapping;
+	cover->certain = certain;
+	ranges_insert(&engine.coverage, &cover->range);
+	return cover;
+}
+
+static void leave_idle(struct cover *cover)
+{
+	if (cover->idle) {
+		cover->idle = false;
+		TAILQ_REMOVE(&engine.idle, cover, link);
+		engine.idle_count--;
+	}
+}
+
+static void enter_idle(struct cover *cover)
+{
+	if (!cover->idle) {
+		cover->idle = true;
+		TAILQ_INSERT_TAIL(&engine.idle, cover, link);
+		engine.idle_count++;
+	}
+}
+
+static struct cover *find_cover(uint64_t start, uint64_t end)
+{
+	struct range *range = ranges_overlapping(engine.coverage, start, end);
+
+	return range ? container_of(range, struct cover, range) : NULL;
+}
+
+/* What is in this range is not registered any more. */
+static void remove_cover(uint64_t start, uint64_t end)
+{
+	struct cover *cover;
+
+	while ((cover = find_cover(start, end))) {
+		struct cover old = *cover, *rest;
+
+		ranges_remove(&engine.coverage, &cover->range);
+		leave_idle(cover);
+		pool_give(&engine.cover_pool, cover);
+		if (old.range.start < start) {
+			rest = add_cover(&old.mapping, old.range.start, start,
+					 old.certain);
+			if (old.idle && rest)
+				enter_idle(rest);
+		}
+		if (old.range.end > end) {
+			rest = add_cover(&old.mapping, end, old.range.end,
+					 old.certain);
+			if (old.idle && rest)
+				enter_idle(rest);
+		}
+	}
+}
+
+static bool is_wanted(uint64_t start, uint64_t end)
+{
+	return ranges_overlapping(engine.regions, start, end);
+}
+
+/*
+ * Unregisters mappings in which nobody has a region.  Always whole ones, whatever
+ * they have become since they were registered.
+ */
+static void unregister_mappings(uint64_t start, uint64_t end)
+{
+	struct mapping mapping;
+
+	while (start < end) {
+		struct uffdio_range range;
+
+		if (mapping_at_or_behind(&engine.mappings, start, &mapping) ||
+		    mapping.start >= end)
+			break;
+		start = mapping.end;
+		if (is_wanted(mapping.start, mapping.end))
+			continue;
+		range.start = mapping.start;
+		range.len = mapping.end - mapping.start;
+		/* Fails for kinds of mappings that cannot be registered. */
+		ioctl(engine.userfaultfd, UFFDIO_UNREGISTER, &range);
+		remove_cover(mapping.start, mapping.end);
+	}
+}
+
+/* What a region leaves behind: a mapping that the next one is likely to be in. */
+static void find_idle(uint64_t start, uint64_t end)
+{
+	struct cover *cover;
+
+	while ((cover = find_cover(start, end))) {
+		if (!is_wanted(cover->range.start, cover->range.end))
+			enter_idle(cover);
+		start = cover->range.end;
+		if (start >= end)
+			break;
+	}
+	while (engine.idle_count > IDLE_LIMIT) {
+		cover = TAILQ_FIRST(&engine.idle);
+		leave_idle(cover);
+		if (!is_wanted(cover->range.start, cover->range.end))
+			unregister_mappings(cover->range.start, cover->range.end);
+	}
+}
+
+/* A negative errno; -EAGAIN if the mapping has changed since it was looked up. */
+static int register_mapping(const struct mapping *mapping)
+{
+	struct uffdio_register argument = {
+		.range.start = mapping->start,
+		.range.len = mapping->end - mapping->start,
+		.mode = UFFDIO_REGISTER_MODE_WP,
+	};
+	struct mapping now;
+	int error;
+
+	error = ioctl(engine.userfaultfd, UFFDIO_REGISTER, &argument) ? -errno : 0;
+	/*
+	 * If the mapping is still what it was, all of it has been registered.  If
+	 * it went away and another like it came, then an event is on its way.
+	 */
+	if (mapping_at_or_behind(&engine.mappings, mapping->start, &now) ||
+	    !mappings_equal(&now, mapping))
+		return -EAGAIN;
+	return error;
+}
+
+static int refuse(struct aioummu_refusal *refusal, uint64_t start, uint64_t end,
+		  int error)
+{
+	refusal->start = start;
+	refusal->end = end;
+	return error;
+}
+
+/* Has the mappings in a range registered, which are then watched. */
+static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
+{
+	unsigned int attempts = 0;
+	struct mapping mapping;
+	struct cover *known;
+	int error;
+
+	while (start < end) {
+		known = find_cover(start, start + 1);
+		if (known && known->certain && !engine.mappings.indexed) {
+			start = known->range.end;
+			continue;
+		}
+		error = mapping_at_or_behind(&engine.mappings, start, &mapping);
+		if (error && error != -ENOENT)
+			return refuse(refusal, start, end, error);
+		if (error || mapping.start > start)
+			return refuse(refusal, start,
+				      error || mapping.start > end ?
+				      end : mapping.start, -EFAULT);
+		/* Few changes come without an event, but some do: shmdt(). */
+		if (known && known->certain &&
+		    mappings_equal(&known->mapping, &mapping) &&
+		    known->range.start == mapping.start &&
+		    known->range.end == mapping.end) {
+			start = mapping.end;
+			continue;
+		}
+		/* One for the mapping, two for what is left of those below it. */
+		if (pool_reserve(&engine.cover_pool, 3 + IDLE_LIMIT))
+			return refuse(refusal, start, end, -ENOMEM);
+		error = register_mapping(&mapping);
+		if (error == -EAGAIN && ++attempts < ATTEMPTS)
+			continue;
+		if (error)
+			return refuse(refusal, mapping.start, mapping.end, error);
+		remove_cover(mapping.start, mapping.end);
+		add_cover(&mapping, mapping.start, mapping.end, true);
+		start = mapping.end;
+	}
+	return 0;
+}
+
+/* ---------------------------------------------------------------- changes --- */
+
+static void apply(struct change *change)
+{
+	struct mapping moved = { 0 };
+
+	engine.change_number++;
+	ranges_visit(engine.regions, change->start, change->end, hit, change);
+	if (change->kind == CHANGE_DROPS_PAGES)
+		return;
+	remove_cover(change->start, change->end);
+	if (change->kind == CHANGE_MOVES)
+		add_cover(&moved, change->target,
+			  change->target + (change->end - change->start), false);
+}
+
+/* Nobody knows what has changed, so everything has. */
+static void invalidate_everything(void)
+{
+	struct change change = { CHANGE_UNMAPS, 0, UINT64_MAX, 0 };
+
+	apply(&change);
+	/* It was not one change, which each report now says it was. */
+	ranges_visit(engine.regions, 0, UINT64_MAX, hit, &change);
+	/* Still registered, mostly, and moved to who knows where. */
+	forget(0, UINT64_MAX);
+}
+
+/* Applies what the thread has put into the ring. */
+static void empty_ring(void)
+{
+	uint32_t out = atomic_load_explicit(&engine.ring_out,
+					    memory_order_relaxed);
+
+	while (out != atomic_load_explicit(&engine.ring_in,
+					   memory_order_acquire)) {
+		struct change change = engine.ring[out % AIOUMMU_RING_SIZE];
+
+		atomic_store_explicit(&engine.ring_out, ++out,
+				      memory_order_release);
+		apply(&change);
+	}
+	if (atomic_exchange(&engine.overrun, false))
+		invalidate_everything();
+}
+
+static bool ring_is_empty(void)
+{
+	return atomic_load(&engine.ring_in) == atomic_load(&engine.ring_out) &&
+	       !atomic_load(&engine.overrun);
+}
+
+static void let_go(void)
+{
+	do {
+		pthread_mutex_unlock(&engine.lock);
+		/*
+		 * Either the thread sees that the lock is free, or it is seen
+		 * here what it has put into the ring.
+		 */
+		atomic_fetch_add(&engine.handover, 1);
+		if (ring_is_empty() || pthread_mutex_trylock(&engine.lock))
+			return;
+		empty_ring();
+	} while (true);
+}
+
+/* Waits, for longer with each call. */
+static void back_off(unsigned int attempt)
+{
+	struct timespec delay = { .tv_nsec = 50000 };
+
+	if (attempt < 20)
+		sched_yield();
+	else
+		/* The other may have a lower priority. */
+		nanosleep(&delay, NULL);
+}
+
+/* Waits until everything that was read before this call is in the ring. */
+static void settle(void)
+{
+	uint64_t begun = atomic_load(&engine.page->begun);
+
+	for (unsigned int i = 0; atomic_load(&engine.finished) < begun; i++) {
+		if (i >= 100)
+			back_off(i - 100);
+#if defined(__x86_64__) || defined(__i386__)
+		__builtin_ia32_pause();
+#endif
+	}
+}
+
+/* A child that was forked behind the C library's back has a copy of everything. */
+static bool is_copy(void)
+{
+	return engine.page && !atomic_load(&engine.page->owned);
+}
+
+/*
+ * Takes the lock, with every change applied whose call has returned.  Fails with
+ * -EBADF if no notifier is open, with -EOWNERDEAD in a copy.
+ */
+static int enter(void)
+{
+	if (!engine.page)
+		return -EBADF;
+	if (is_copy())
+		return -EOWNERDEAD;
+	settle();
+	pthread_mutex_lock(&engine.lock);
+	if (!engine.running) {
+		pthread_mutex_unlock(&engine.lock);
+		return -EBADF;
+	}
+	empty_ring();
+	return 0;
+}
+
+static struct notifier *find_notifier(int number)
+{
+	struct range *range = ranges_starting_at(engine.notifiers, number);
+
+	return range ? container_of(range, struct notifier, number) : NULL;
+}
+
+static struct region *find_region(struct notifier *notifier, uint64_t cookie)
+{
+	struct range *range = ranges_starting_at(notifier->cookies, cookie);
+
+	return range ? container_of(range, struct region, cookie) : NULL;
+}
+
+/* As enter(), and returns the notifier, or NULL and the error. */
+static struct notifier *enter_notifier(int number, int *error)
+{
+	struct notifier *notifier;
+
+	*error = enter();
+	if (*error)
+		return NULL;
+	notifier = find_notifier(number);
+	if (!notifier) {
+		*error = -EBADF;
+		let_go();
+	}
+	return notifier;
+}
+
+/* As enter_notifier(), and returns a region. */
+static struct region *enter_region(int number, uint64_t cookie, int *error)
+{
+	struct notifier *notifier = enter_notifier(number, error);
+	struct region *region;
+
+	if (!notifier)
+		return NULL;
+	region = find_region(notifier, cookie);
+	if (!region) {
+		*error = -ENOENT;
+		let_go();
+	}
+	return region;
+}
+
+/* ------------------------------------------------------------- the thread --- */
+
+/* For the holder of the lock; nothing is lost if the ring is full. */
+static void put(const struct change *change)
+{
+	uint32_t in = atomic_load_explicit(&engine.ring_in, memory_order_relaxed);
+
+	if (in - atomic_load(&engine.ring_out) == AIOUMMU_RING_SIZE) {
+		atomic_store(&engine.overrun, true);
+		return;
+	}
+	engine.ring[in % AIOUMMU_RING_SIZE] = *change;
+	atomic_store(&engine.ring_in, in + 1);
+}
+
+static void put_event(const struct uffd_msg *message)
+{
+	struct change change;
+
+	switch (message->event) {
+	case UFFD_EVENT_REMOVE:
+		change.kind = CHANGE_DROPS_PAGES;
+		break;
+	case UFFD_EVENT_UNMAP:
+		change.kind = CHANGE_UNMAPS;
+		break;
+	case UFFD_EVENT_REMAP:
+		change.kind = CHANGE_MOVES;
+		change.start = message->arg.remap.from;
+		change.end = change.start + message->arg.remap.len;
+		change.target = message->arg.remap.to;
+		put(&change);
+		return;
+	default:
+		/* Page faults: there are none as long as nothing is protected. */
+		return;
+	}
+	change.start = message->arg.remove.start;
+	change.end = message->arg.remove.end;
+	change.target = 0;
+	put(&change);
+}
+
+/* Reads one event, if there is one; returns false if there never will be. */
+static bool read_event(void)
+{
+	struct uffd_msg message;
+	uint64_t number;
+	ssize_t length;
+	bool works;
+
+	number = atomic_load_explicit(&engine.page->begun, memory_order_relaxed);
+	atomic_store(&engine.page->begun, number + 1);
+	/* From here on the thread that made the change may go on. */
+	length = read(engine.userfaultfd, &message, sizeof(message));
+	works = length == sizeof(message) || (length < 0 && errno == EAGAIN);
+	if (length == sizeof(message))
+		put_event(&message);
+	else if (!works)
+		atomic_store(&engine.overrun, true);
+	atomic_store(&engine.finished, number + 1);
+	return works;
+}
+
+static void *run(void *unused)
+{
+	struct pollfd polled[] = {
+		{ .fd = engine.userfaultfd, .events = POLLIN },
+		{ .fd = engine.stop, .events = POLLIN },
+	};
+
+	(void)unused;
+	pthread_setname_np(pthread_self(), "aioummu");
+	for (;;) {
+		if (poll(polled, 2, -1) < 0)
+			continue;
+		if (polled[1].revents)
+			return NULL;
+		if (polled[0].revents & (POLLERR | POLLHUP | POLLNVAL) ||
+		    !read_event()) {
+			/* Somebody has closed it, for example. */
+			atomic_store(&engine.overrun, true);
+			atomic_store(&engine.dead, true);
+		}
+		atomic_fetch_add(&engine.handover, 1);
+		if (!ring_is_empty() && !pthread_mutex_trylock(&engine.lock)) {
+			empty_ring();
+			let_go();
+		}
+		if (atomic_load(&engine.dead))
+			return NULL;
+	}
+}
+
+/* ------------------------------------------------------ starting, stopping --- */
+
+/* A negative errno, or a descriptor that has not said yet what it wants. */
+static int open_userfaultfd(bool *through_device)
+{
+	const int flags = O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY;
+	int fd, device, error;
+
+	fd = (int)syscall(SYS_userfaultfd, flags);
+	if (fd >= 0)
+		return fd;
+	error = -errno;
+	/* A container's profile may refuse the call, and still have this. */
+	device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+	if (device < 0)
+		return error;
+	fd = ioctl(device, USERFAULTFD_IOC_NEW, flags);
+	close(device);
+	*through_device = fd >= 0;
+	return fd < 0 ? error : fd;
+}
+
+/* Asks for features; returns those that there are. */
+static int negotiate(int fd, uint64_t *features)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = *features };
+
+	if (ioctl(fd, UFFDIO_API, &api))
+		return -errno;
+	*features = api.features;
+	return 0;
+}
+
+void aioummu_probe(struct aioummu_support *support)
+{
+	struct mappings mappings;
+	bool through_device = false;
+	int fd;
+
+	*support = (struct aioummu_support) { 0 };
+	/* A throw-away descriptor: each can be asked only once. */
+	fd = open_userfaultfd(&through_device);
+	if (fd < 0) {
+		support->error = fd;
+		return;
+	}
+	support->error = negotiate(fd, &support->features);
+	close(fd);
+	support->through_device = through_device;
+	if (support->error)
+		return;
+	support->files = !!(support->features & WANTED_FEATURES);
+	if ((support->features & NEEDED_FEATURES) != NEEDED_FEATURES) {
+		support->error = -EOPNOTSUPP;
+		return;
+	}
+	support->error = mappings_open(&mappings);
+	if (!support->error)
+		close(mappings.fd);
+}
+
+static void close_descriptor(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+static void close_descriptors(void)
+{
+	close_descriptor(&engine.userfaultfd);
+	close_descriptor(&engine.mappings.fd);
+	close_descriptor(&engine.stop);
+}
+
+/* All of it belongs to the parent.  No other thread is here. */
+static void after_fork_in_child(void)
+{
+	if (!engine.page)
+		return;
+	close_descriptors();
+	reset_pools();
+	if (engine.stack)
+		munmap(engine.stack, STACK_SIZE);
+	engine.stack = NULL;
+	engine.running = false;
+	engine.regions = NULL;
+	engine.notifiers = NULL;
+	engine.coverage = NULL;
+	atomic_store(&engine.finished, 0);
+	atomic_store(&engine.page->owned, 1);
+	engine.lifecycle = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+	engine.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+}
+
+static int open_descriptors(void)
+{
+	struct aioummu_support support;
+	bool through_device;
+	uint64_t features;
+	int error;
+
+	aioummu_probe(&support);
+	if (support.error)
+		return support.error;
+	engine.userfaultfd = open_userfaultfd(&through_device);
+	if (engine.userfaultfd < 0)
+		return engine.userfaultfd;
+	features = NEEDED_FEATURES | (support.features & WANTED_FEATURES);
+	error = negotiate(engine.userfaultfd, &features);
+	if (error)
+		return error;
+	error = mappings_open(&engine.mappings);
+	if (error)
+		return error;
+	engine.stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	return engine.stop < 0 ? -errno : 0;
+}
+
+/* With every signal blocked: a handler could unmap what the thread watches. */
+static int start_thread(void)
+{
+	sigset_t all, before;
+	pthread_attr_t attributes;
+	int error;
+
+	/* Glibc gives memory of its own stacks back when a thread ends. */
+	engine.stack = map_memory(STACK_SIZE);
+	if (!engine.stack)
+		return -ENOMEM;
+	error = pthread_attr_init(&attributes);
+	if (error)
+		return -error;
+	error = pthread_attr_setstack(&attributes, engine.stack, STACK_SIZE);
+	if (!error) {
+		sigfillset(&all);
+		pthread_sigmask(SIG_SETMASK, &all, &before);
+		error = pthread_create(&engine.thread, &attributes, run, NULL);
+		pthread_sigmask(SIG_SETMASK, &before, NULL);
+	}
+	pthread_attr_destroy(&attributes);
+	return -error;
+}
+
+static int prepare_once(void)
+{
+	struct page *page;
+
+	if (engine.page)
+		return 0;
+	page = map_memory(sizeof(*page));
+	if (!page)
+		return -ENOMEM;
+	if (pthread_atfork(NULL, NULL, after_fork_in_child)) {
+		munmap(page, sizeof(*page));
+		return -ENOMEM;
+	}
+	atomic_store(&page->owned, 1);
+	engine.page = page;
+	return 0;
+}
+
+static void release_resources(void)
+{
+	close_descriptors();
+	reset_pools();
+	if (engine.stack)
+		munmap(engine.stack, STACK_SIZE);
+	engine.stack = NULL;
+}
+
+/* Under engine.lifecycle. */
+static int start(void)
+{
+	int error;
+
+	engine.regions = NULL;
+	engine.notifiers = NULL;
+	engine.coverage = NULL;
+	TAILQ_INIT(&engine.idle);
+	engine.idle_count = 0;
+	engine.forgotten_start = 0;
+	engine.forgotten_end = 0;
+	engine.random = 2463534242;
+	atomic_store(&engine.dead, false);
+	atomic_store(&engine.overrun, false);
+	atomic_store(&engine.ring_out, atomic_load(&engine.ring_in));
+	reset_pools();
+	error = open_descriptors();
+	if (!error)
+		error = start_thread();
+	if (error) {
+		release_resources();
+		return error;
+	}
+	pthread_mutex_lock(&engine.lock);
+	engine.running = true;
+	pthread_mutex_unlock(&engine.lock);
+	return 0;
+}
+
+/*
+ * Under engine.lifecycle, without a notifier.  A child that was forked may hold
+ * a copy of the userfaultfd, so that closing it would not end anything: whoever
+ * changed a mapping that is registered then would sleep for ever.
+ */
+static void stop(void)
+{
+	const uint64_t one = 1;
+	bool done = false;
+
+	for (unsigned int i = 0; i < ATTEMPTS && !done; i++) {
+		if (i)
+			back_off(i);
+		pthread_mutex_lock(&engine.lock);
+		empty_ring();
+		unregister_mappings(engine.forgotten_start, engine.forgotten_end);
+		engine.forgotten_start = engine.forgotten_end;
+		while (engine.coverage) {
+			struct range *range = ranges_overlapping(
+				engine.coverage, 0, UINT64_MAX);
+			uint64_t start = range->start, end = range->end;
+
+			unregister_mappings(start, end);
+			remove_cover(start, end);
+		}
+		let_go();
+		/* Then, a mapping may have been moved at that very moment. */
+		aioummu_fence();
+		pthread_mutex_lock(&engine.lock);
+		empty_ring();
+		done = !engine.coverage &&
+		       engine.forgotten_start == engine.forgotten_end;
+		let_go();
+	}
+	pthread_mutex_lock(&engine.lock);
+	engine.running = false;
+	pthread_mutex_unlock(&engine.lock);
+	while (write(engine.stop, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+	pthread_join(engine.thread, NULL);
+	/* The number may be another file's by now. */
+	if (atomic_load(&engine.dead))
+		engine.userfaultfd = -1;
+	release_resources();
+}
+
+/* -------------------------------------------------------------- interface --- */
+
+const uint64_t *aioummu_activity(void)
+{
+	return (const uint64_t *)&engine.page->begun;
+}
+
+/* Under both locks. */
+static int add_notifier(int doorbell[2])
+{
+	struct notifier *notifier;
+	int error;
+
+	error = pool_reserve(&engine.notifier_pool, 1);
+	if (error)
+		return error;
+	if (pipe2(doorbell, O_CLOEXEC | O_NONBLOCK))
+		return -errno;
+	notifier = pool_take(&engine.notifier_pool);
+	memcpy(notifier->doorbell, doorbell, sizeof(notifier->doorbell));
+	TAILQ_INIT(&notifier->reports);
+	notifier->number.start = ++engine.last_number;
+	notifier->number.priority = random_priority();
+	ranges_insert(&engine.notifiers, &notifier->number);
+	return engine.last_number;
+}
+
+int aioummu_open(int doorbell[2])
+{
+	int result;
+
+	if (is_copy())
+		return -EOWNERDEAD;
+	pthread_mutex_lock(&engine.lifecycle);
+	result = prepare_once();
+	if (!result && !engine.running)
+		result = start();
+	if (!result)
+		result = enter();
+	if (!result) {
+		result = add_notifier(doorbell);
+		let_go();
+		if (result < 0 && !engine.notifiers)
+			stop();
+	}
+	pthread_mutex_unlock(&engine.lifecycle);
+	return result;
+}
+
+/* Under the lock. */
+static int add_region(struct notifier *notifier, uint64_t start, uint64_t end,
+		      uint64_t cookie, struct aioummu_refusal *refusal)
+{
+	struct region *region;
+	int error;
+
+	if (atomic_load(&engine.dead))
+		return -ENOTRECOVERABLE;
+	if (find_region(notifier, cookie))
+		return -EEXIST;
+	if (notifier->regions == AIOUMMU_MAX_REGIONS)
+		return -ENOSPC;
+	error = pool_reserve(&engine.region_pool, 1);
+	if (error)
+		return refuse(refusal, start, end, error);
+	error = cover(start, end, refusal);
+	if (error) {
+		find_idle(start, end);
+		return error;
+	}
+	region = pool_take(&engine.region_pool);
+	region->range.start = start;
+	region->range.end = end;
+	region->range.priority = random_priority();
+	region->cookie.start = cookie;
+	region->cookie.priority = random_priority();
+	region->notifier = notifier;
+	ranges_insert(&engine.regions, &region->range);
+	ranges_insert(&notifier->cookies, &region->cookie);
+	notifier->regions++;
+	return 0;
+}
+
+int aioummu_register(int number, uint64_t start, uint64_t end, uint64_t cookie,
+		     struct aioummu_refusal *refusal)
+{
+	struct notifier *notifier;
+	int error;
+
+	if (start >= end)
+		return -EINVAL;
+	notifier = enter_notifier(number, &error);
+	if (notifier) {
+		error = add_region(notifier, start, end, cookie, refusal);
+		let_go();
+	}
+	return error;
+}
+
+/* Under the lock. */
+static void remove_region(struct region *region)
+{
+	uint64_t start = region->range.start, end = region->range.end;
+
+	if (region->pending)
+		drop_report(region);
+	ranges_remove(&engine.regions, &region->range);
+	ranges_remove(&region->notifier->cookies, &region->cookie);
+	region->notifier->regions--;
+	pool_give(&engine.region_pool, region);
+	find_idle(start, end);
+}
+
+int aioummu_unregister(int number, uint64_t cookie)
+{
+	struct region *region;
+	int error;
+
+	region = enter_region(number, cookie, &error);
+	if (region) {
+		remove_region(region);
+		let_go();
+	}
+	return error;
+}
+
+int aioummu_spent(int number, uint64_t cookie)
+{
+	struct region *region;
+	int result;
+
+	region = enter_region(number, cookie, &result);
+	if (region) {
+		result = region->spent;
+		let_go();
+	}
+	return result;
+}
+
+int aioummu_rearm(int number, uint64_t cookie, struct aioummu_refusal *refusal)
+{
+	struct region *region;
+	int error;
+
+	region = enter_region(number, cookie, &error);
+	if (!region)
+		return error;
+	if (atomic_load(&engine.dead))
+		error = -ENOTRECOVERABLE;
+	else if (region->spent)
+		error = cover(region->range.start, region->range.end, refusal);
+	if (!error)
+		region->spent = false;
+	let_go();
+	return error;
+}
+
+static void fill_report(struct ummunotify_event *event,
+			const struct region *region)
+{
+	*event = (struct ummunotify_event) {
+		.type = UMMUNOTIFY_EVENT_TYPE_INVAL,
+		.flags = region->exact ? UMMUNOTIFY_EVENT_FLAG_HINT : 0,
+		.hint_start = region->exact ? region->hint_start :
+					      region->range.start,
+		.hint_end = region->exact ? region->hint_end : region->range.end,
+		.user_cookie_counter = region->cookie.start,
+	};
+}
+
+/* Under the lock. */
+static size_t take_reports(struct notifier *notifier,
+			   struct ummunotify_event *events, size_t room)
+{
+	struct region *region;
+	size_t count = 0;
+
+	while (count < room && (region = TAILQ_FIRST(&notifier->reports))) {
+		fill_report(&events[count++], region);
+		drop_report(region);
+	}
+	if (count < room && notifier->last_due) {
+		events[count++] = (struct ummunotify_event) {
+			.type = UMMUNOTIFY_EVENT_TYPE_LAST,
+			.user_cookie_counter = notifier->generation,
+		};
+		quiet_doorbell(notifier);
+	}
+	return count;
+}
+
+ssize_t aioummu_read(int number, void *buffer, size_t size)
+{
+	size_t room = size / sizeof(struct ummunotify_event), count;
+	struct notifier *notifier;
+	int error;
+
+	notifier = enter_notifier(number, &error);
+	if (!notifier)
+		return error;
+	count = take_reports(notifier, buffer, room);
+	let_go();
+	return room ? (ssize_t)(count * sizeof(struct ummunotify_event)) : -EINVAL;
+}
+
+int aioummu_generation(int number, uint64_t *generation)
+{
+	struct notifier *notifier;
+	int error;
+
+	notifier = enter_notifier(number, &error);
+	if (notifier) {
+		*generation = notifier->generation;
+		let_go();
+	}
+	return error;
+}
+
+int aioummu_fence(void)
+{
+	struct uffdio_writeprotect nothing = { .mode = 0 };
+
+	if (!engine.page)
+		return -EBADF;
+	if (is_copy())
+		return -EOWNERDEAD;
+	/*
+	 * EAGAIN as long as anybody who changes a registered mapping has not been
+	 * told that his event was read; otherwise EINVAL, as it protects nothing.
+	 */
+	for (unsigned int i = 0; ioctl(engine.userfaultfd, UFFDIO_WRITEPROTECT,
+				       &nothing) && errno == EAGAIN; i++)
+		back_off(i);
+	settle();
+	return 0;
+}
+
+/* Takes some regions away; returns whether there are more. */
+static bool remove_some_regions(struct notifier *notifier)
+{
+	for (unsigned int i = 0; i < CLOSE_BATCH && notifier->cookies; i++)
+		remove_region(container_of(notifier->cookies, struct region, cookie));
+	return notifier->cookies;
+}
+
+void aioummu_close(int number)
+{
+	struct notifier *notifier;
+	int error;
+
+	if (is_copy())
+		return;
+	pthread_mutex_lock(&engine.lifecycle);
+	do {
+		notifier = enter_notifier(number, &error);
+		if (!notifier)
+			break;
+		if (!remove_some_regions(notifier)) {
+			ranges_remove(&engine.notifiers, &notifier->number);
+			close(notifier->doorbell[0]);
+			close(notifier->doorbell[1]);
+			pool_give(&engine.notifier_pool, notifier);
+			notifier = NULL;
+		}
+		let_go();
+	} while (notifier);
+	if (engine.running && !engine.notifiers)
+		stop();
+	pthread_mutex_unlock(&engine.lifecycle);
+}
