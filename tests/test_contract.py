@@ -1,6 +1,7 @@
 """What a backend promises: real changes of mappings, and the exact events.
 
-Run on the driver in a guest (``tools/guest.py pytest 6.12 -- --device ...``).
+Run on the embedded backend here, and on the driver in a guest
+(``tools/guest.py pytest 6.12 -- --device ...``).
 """
 
 from __future__ import annotations
@@ -24,30 +25,39 @@ import numpy as np
 import pytest
 
 import aioummu
-from aioummu import Device, Inval, Last, Notifier
+from aioummu import Device, EmbeddedDevice, Inval, Last, Notifier
 from tests.conftest import LOOPS
-from tests.memory import (
-    MADV_DONTNEED,
-    MADV_FREE,
-    PAGE,
-    PROT_NONE,
-    PROT_READ_WRITE,
-    Pages,
-)
+from tests.memory import MADV_DONTNEED, PAGE, Pages
+from tests.operations import OPERATIONS, NotHereError, documented, kernel
 from tests.pipe_device import LIMIT, drain, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Iterator
 
-    from aioummu import DeviceLike, Event, ReadinessKind
+    from _pytest.mark import ParameterSet
+
+    from aioummu import DeviceLike, Event, ReadinessKind, Region
+    from tests.operations import Range
 
 Open: TypeAlias = Callable[[], "DeviceLike"]
 
 
-@pytest.fixture(params=[pytest.param("driver", marks=pytest.mark.device)])
-def open_device(request: pytest.FixtureRequest) -> Open:
-    """All backends."""
-    return {"driver": Device}[request.param]
+def _marks(backend: str) -> list[pytest.MarkDecorator]:
+    return {"driver": [pytest.mark.device], "embedded": [pytest.mark.embedded]}[backend]
+
+
+BACKENDS: dict[str, Open] = {"driver": Device, "embedded": EmbeddedDevice}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=_marks(name)) for name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def open_device(backend: str) -> Open:
+    return BACKENDS[backend]
 
 
 @pytest.fixture
@@ -64,92 +74,123 @@ def pages() -> Iterator[Pages]:
         yield pages
 
 
-# One operation, one event; the event's range is a half-open range of pages.
-
-Operation: TypeAlias = Callable[[Pages], None]
-
-OPERATIONS: dict[str, tuple[Operation, range]] = {
-    "munmap everything": (lambda pages: pages.munmap(), range(4)),
-    "munmap one page": (lambda pages: pages.munmap(pages.page(1)), range(1, 2)),
-    "MADV_DONTNEED": (lambda p: p.madvise(MADV_DONTNEED, p.page(2)), range(2, 3)),
-    "MADV_FREE": (lambda pages: pages.madvise(MADV_FREE, pages.page(0)), range(1)),
-    "MAP_FIXED over it": (lambda pages: pages.map_over(pages.page(3)), range(3, 4)),
-    "mremap shrink": (lambda pages: pages.shrink(1), range(1, 4)),
-    "mprotect": (lambda p: p.mprotect(mmap.PROT_READ, p.page(1)), range(1, 2)),
-    "mprotect to nothing": (lambda pages: pages.mprotect(PROT_NONE), range(4)),
-}
+# One operation, and what the documentation says of it.
 
 
-@pytest.mark.parametrize(("change", "hit"), OPERATIONS.values(), ids=OPERATIONS)
-def test_a_change_is_reported_exactly(
-    notifier: Notifier, pages: Pages, change: Operation, hit: range
+def test_the_documentation_has_the_operations_that_are_tested() -> None:
+    for backend in BACKENDS:
+        assert list(documented(backend)) == sorted(
+            OPERATIONS, key=list(documented(backend)).index
+        )
+
+
+def _rows(*ranges: str) -> list[ParameterSet]:
+    """Every operation on every backend, if that is what is documented for it."""
+    return [
+        pytest.param(backend, name, marks=_marks(backend), id=f"{backend}-{name}")
+        for backend in BACKENDS
+        for name, cell in documented(backend).items()
+        if cell.range in ranges
+    ]
+
+
+class Done:
+    """An operation that was done while a part of its memory was watched."""
+
+    def __init__(
+        self, backend: str, name: str, select: Callable[[int, int], list[Range]]
+    ) -> None:
+        self.documented = documented(backend)[name]
+        if kernel() < self.documented.since:
+            pytest.skip(f"from Linux {'.'.join(map(str, self.documented.since))} on")
+        self.regions: list[Region] = []
+        with contextlib.closing(Notifier(BACKENDS[backend]())) as notifier:
+
+            def watch(start: int, end: int) -> None:
+                self.changed = start, end
+                self.regions += [notifier.register(*r) for r in select(start, end)]
+
+            try:
+                self.changed = OPERATIONS[name](watch) or self.changed
+            except NotHereError as error:
+                pytest.skip(str(error) or "not on this kernel")
+            self.events = drain(notifier)
+            self.generation = notifier.generation
+            self.spent = [region.spent for region in self.regions]
+
+
+@pytest.mark.parametrize(("backend", "name"), _rows("exact range"))
+def test_a_change_is_reported_exactly(backend: str, name: str) -> None:
+    done = Done(backend, name, lambda start, end: [(start, end)])
+    [region] = done.regions
+    assert done.events == [Inval(region, *done.changed, exact=True), Last(1)]
+    assert done.documented.generation == done.generation == 1
+    assert done.spent == [done.documented.spent]
+
+
+@pytest.mark.parametrize(("backend", "name"), _rows("whole region"))
+def test_several_changes_are_reported_as_the_whole_region(
+    backend: str, name: str
 ) -> None:
-    region = notifier.register(pages.start, pages.end)
-    change(pages)
-    start, end = pages.start + hit.start * PAGE, pages.start + hit.stop * PAGE
-    assert notifier.generation == 1
-    assert drain(notifier) == [Inval(region, start, end, exact=True), Last(1)]
+    done = Done(backend, name, lambda start, end: [(start, end)])
+    rise = done.documented.generation
+    [region] = done.regions
+    assert done.events == [
+        Inval(region, region.start, region.end, exact=False),
+        Last(rise),
+    ]
+    assert done.generation == rise
+    assert done.spent == [done.documented.spent]
 
 
-@pytest.mark.parametrize(("change", "hit"), OPERATIONS.values(), ids=OPERATIONS)
-def test_a_change_is_clipped_to_the_region(
-    notifier: Notifier, pages: Pages, change: Operation, hit: range
-) -> None:
-    number = hit.start
-    start = pages.start + number * PAGE
-    region = notifier.register(start + 16, start + 32)
-    change(pages)
-    assert drain(notifier) == [
-        Inval(region, start + 16, start + 32, exact=True),
+@pytest.mark.parametrize(("backend", "name"), _rows("nothing"))
+def test_what_is_no_change_is_not_reported(backend: str, name: str) -> None:
+    done = Done(backend, name, lambda start, end: [(start, end)])
+    assert done.events == []
+    assert done.generation == 0
+    assert done.spent == [False]
+
+
+@pytest.mark.parametrize(("backend", "name"), _rows("refused"))
+def test_what_cannot_be_watched_is_refused(backend: str, name: str) -> None:
+    with pytest.raises(aioummu.UnwatchableRangeError, match="map the memory first"):
+        Done(backend, name, lambda start, end: [(start, end)])
+
+
+@pytest.mark.parametrize(("backend", "name"), _rows("exact range"))
+def test_a_change_is_clipped_to_the_region(backend: str, name: str) -> None:
+    # All of these operations change the second page.
+    done = Done(
+        backend, name, lambda start, _: [(start + PAGE + 16, start + PAGE + 32)]
+    )
+    [region] = done.regions
+    assert done.events == [
+        Inval(region, region.start, region.end, exact=True),
         Last(1),
     ]
 
 
-@pytest.mark.parametrize(("change", "hit"), OPERATIONS.values(), ids=OPERATIONS)
-def test_a_change_elsewhere_is_not_reported(
-    notifier: Notifier, pages: Pages, change: Operation, hit: range
-) -> None:
-    untouched = [number for number in range(-1, 5) if number not in hit]
-    for number in untouched:
-        notifier.register(*pages.page(number))
-    change(pages)
-    assert drain(notifier) == []
-    assert notifier.generation == 0
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        lambda pages: pages.write(),
-        lambda pages: pages.mprotect(PROT_READ_WRITE),
-        lambda pages: pages.madvise(mmap.MADV_WILLNEED),
-        lambda pages: pages.madvise(mmap.MADV_DONTFORK),
-    ],
-    ids=["writing", "mprotect to what it is", "MADV_WILLNEED", "MADV_DONTFORK"],
-)
-def test_what_changes_nothing_is_not_reported(
-    notifier: Notifier, pages: Pages, operation: Operation
-) -> None:
-    notifier.register(pages.start, pages.end)
-    operation(pages)
-    assert drain(notifier) == []
-    assert notifier.generation == 0
-
-
-def test_a_move_is_reported(notifier: Notifier, pages: Pages) -> None:
-    with Pages(4) as target:
-        region = notifier.register(pages.start, pages.end)
-        pages.move_to(target)
-    # The kernel moves the pages, then unmaps where they were.
-    assert drain(notifier) == [
-        Inval(region, pages.start, pages.end, exact=False),
-        Last(2),
+@pytest.mark.parametrize(("backend", "name"), _rows("exact range"))
+def test_a_change_elsewhere_is_not_reported(backend: str, name: str) -> None:
+    done = Done(
+        backend,
+        name,
+        lambda start, end: [(s, s + PAGE) for s in range(start, end, PAGE)],
+    )
+    start, end = done.changed
+    within = {
+        region for region in done.regions if start < region.end and region.start < end
+    }
+    assert {e.region for e in done.events if isinstance(e, Inval)} == within
+    assert done.generation == 1
+    assert [r for r, spent in zip(done.regions, done.spent, strict=True) if spent] == [
+        region for region in done.regions if region in within and done.documented.spent
     ]
 
 
-def test_a_fork_and_the_copying_of_a_page_are_reported(
-    notifier: Notifier, pages: Pages
-) -> None:
+@pytest.mark.device
+def test_a_fork_and_the_copying_of_a_page_are_reported(pages: Pages) -> None:
+    notifier = Notifier(Device())
     region = notifier.register(pages.start, pages.end)
     child, let_it_end = _fork_that_waits()
     assert drain(notifier) == [
@@ -160,6 +201,7 @@ def test_a_fork_and_the_copying_of_a_page_are_reported(
     assert drain(notifier) == [Inval(region, *pages.page(2), exact=True), Last(2)]
     let_it_end()
     os.waitpid(child, 0)
+    notifier.close()
 
 
 def _fork_that_waits() -> tuple[int, Callable[[], None]]:
@@ -217,18 +259,43 @@ def test_a_region_stays_registered_after_a_report(
         assert region.registered
 
 
-def test_an_address_that_is_mapped_again_is_still_watched(
+def test_an_address_that_is_mapped_again_is_watched_from_rearm_on(
     notifier: Notifier, pages: Pages
 ) -> None:
     region = notifier.register(pages.start, pages.end)
-    pages.munmap()
-    assert len(drain(notifier)) == 2
-    pages.map_over()
-    pages.write()
-    drain(notifier)
-    pages.munmap()
-    (event, _) = drain(notifier)
-    assert event == Inval(region, pages.start, pages.end, exact=True)
+    for generation in range(1, 4):
+        pages.munmap()
+        assert drain(notifier) == [
+            Inval(region, pages.start, pages.end, exact=True),
+            Last(generation),
+        ]
+        pages.map_over()
+        region.rearm()
+        assert not region.spent
+        assert drain(notifier) == []
+
+
+def test_a_region_with_nothing_there_stays_spent(
+    backend: str, notifier: Notifier, pages: Pages
+) -> None:
+    region = notifier.register(pages.start, pages.end)
+    pages.munmap(pages.page(2))
+    if backend == "driver":
+        region.rearm()
+        assert not region.spent
+    else:
+        with pytest.raises(aioummu.UnwatchableRangeError, match="nothing is mapped"):
+            region.rearm()
+        assert region.spent
+    region.unregister()
+    assert not region.spent
+    with pytest.raises(aioummu.UnknownCookieError, match="register it anew"):
+        region.rearm()
+
+
+def test_a_fence_lets_pass_when_nobody_changes_anything(notifier: Notifier) -> None:
+    notifier.fence()
+    assert not notifier.changed
 
 
 # Real buffers: what Python itself does to memory.
@@ -307,13 +374,13 @@ def test_the_same_range_can_be_registered_twice(
     assert events[-1] == Last(1)
 
 
-def test_a_cookie_in_use_is_refused(open_device: Open) -> None:
+def test_a_cookie_in_use_is_refused(open_device: Open, pages: Pages) -> None:
     device = open_device()
-    device.register(PAGE, 2 * PAGE, 2**64 - 1)
+    device.register(*pages.page(0), 2**64 - 1)
     with pytest.raises(aioummu.DuplicateCookieError, match="unregister that one first"):
-        device.register(3 * PAGE, 4 * PAGE, 2**64 - 1)
+        device.register(*pages.page(1), 2**64 - 1)
     device.unregister(2**64 - 1)
-    device.register(PAGE, 2 * PAGE, 2**64 - 1)
+    device.register(*pages.page(0), 2**64 - 1)
     device.close()
 
 
