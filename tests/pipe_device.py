@@ -44,6 +44,7 @@ class PipeDevice:
         self._memory = bytearray(8)
         self.page = memoryview(self._memory).cast("Q")
         self.backend = "pipe"
+        self.generation = 0
         self.regions: dict[int, tuple[int, int]] = {}
         self.spent_cookies: set[int] = set()
         self.fences = 0
@@ -60,12 +61,13 @@ class PipeDevice:
     def send(self, *records: bytes) -> None:
         os.write(self._sender, b"".join(records))
 
-    @property
-    def generation(self) -> int:
-        return self.page[0]
-
     def set_generation(self, generation: int) -> None:
-        self.page[0] = generation
+        self.generation = generation
+        self.stir()
+
+    def stir(self) -> None:
+        """Something may have changed."""
+        self.page[0] += 1
 
     def end(self) -> None:
         """Let the watched process end."""

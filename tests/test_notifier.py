@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import anyio
@@ -277,6 +278,55 @@ async def test_changed_stays_when_the_last_is_of_an_older_generation(
 
 
 # Life.
+
+
+async def test_what_may_be_a_change_is_none_if_the_generation_says_so(
+    device: PipeDevice, notifier: Notifier
+) -> None:
+    notifier.register(0x1000, 0x2000)
+    history = []
+    for generation in range(1, 4):
+        device.stir()  # a change that hits no region
+        history.append(notifier.changed)
+        device.set_generation(generation)
+        device.stir()
+        history.append(notifier.changed)
+        device.send(last(generation))
+        assert drain(notifier) == [Last(generation)]
+        history.append(notifier.changed)
+    assert history == [False, True, False] * 3
+
+
+async def test_while_nothing_stirs_nothing_is_asked() -> None:
+    class Unasked(PipeDevice):
+        asked = 0
+
+        @property
+        def generation(self) -> int:
+            self.asked += 1
+            return 0
+
+        @generation.setter
+        def generation(self, _: int) -> None: ...
+
+    device = Unasked()
+    with contextlib.closing(Notifier(device)) as notifier:
+        device.stir()
+        assert [notifier.changed for _ in range(10)] == [False] * 10
+        assert [notifier.generation for _ in range(10)] == [0] * 10
+    device.end()
+    assert device.asked == 1
+
+
+async def test_a_fence_is_that_of_the_device(
+    device: PipeDevice, notifier: Notifier
+) -> None:
+    notifier.fence()
+    assert device.fences == 1
+    notifier.close()
+    with pytest.raises(aioummu.ClosedError):
+        notifier.fence()
+    assert device.fences == 1
 
 
 async def test_open_notifier_closes_what_it_was_given(device: PipeDevice) -> None:

@@ -239,6 +239,30 @@ def test_a_cookie_in_use_is_refused_and_its_region_stays(
     assert device.regions == {5: (0x1000, 0x2000)}
 
 
+def test_a_spent_region_is_watched_again_by_rearm(
+    notifier: aioummu.Notifier, device: PipeDevice
+) -> None:
+    first, second = notifier.register(0x1000, 0x2000), notifier.register(0x1000, 0x2000)
+    device.spent_cookies.add(second.cookie)
+    assert [first.spent, second.spent] == [False, True]
+    second.rearm()
+    assert [first.spent, second.spent] == [False, False]
+
+
+def test_a_region_that_is_not_registered_cannot_be_rearmed(
+    notifier: aioummu.Notifier, device: PipeDevice
+) -> None:
+    region = notifier.register(0x1000, 0x2000)
+    device.spent_cookies.add(region.cookie)
+    region.unregister()
+    assert not region.spent
+    with pytest.raises(aioummu.UnknownCookieError, match="register it anew"):
+        region.rearm()
+    notifier.close()
+    with pytest.raises(aioummu.ClosedError):
+        region.rearm()
+
+
 def test_unregister_by_cookie(notifier: aioummu.Notifier) -> None:
     region = notifier.register(0x1000, 0x2000, cookie=5)
     notifier.unregister(5)
