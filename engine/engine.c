@@ -638,9 +638,12 @@ static void apply(struct change *change)
 	if (change->kind == CHANGE_DROPS_PAGES)
 		return;
 	remove_cover(change->start, change->end);
-	if (change->kind == CHANGE_MOVES)
-		add_cover(&moved, change->target,
-			  change->target + (change->end - change->start), false);
+	if (change->kind == CHANGE_MOVES) {
+		uint64_t end = change->target + (change->end - change->start);
+
+		remove_cover(change->target, end);
+		add_cover(&moved, change->target, end, false);
+	}
 }
 
 /* Nobody knows what has changed, so everything has. */
