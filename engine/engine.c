@@ -417,6 +417,47 @@ static void hit(struct range *range, void *context)
 		ring_doorbell(notifier);
 }
 
+/* ---------------------------------------------------------------- waiting --- */
+
+/* Waits, for longer with each call. */
+static void back_off(unsigned int attempt)
+{
+	struct timespec delay = { .tv_nsec = 50000 };
+
+	if (attempt < 20)
+		sched_yield();
+	else
+		/* The other may have a lower priority. */
+		nanosleep(&delay, NULL);
+}
+
+/* Waits until everything that was read before this call is in the ring. */
+static void settle(void)
+{
+	uint64_t begun = atomic_load(&engine.page->begun);
+
+	for (unsigned int i = 0; atomic_load(&engine.finished) < begun; i++) {
+		if (i >= 100)
+			back_off(i - 100);
+#if defined(__x86_64__) || defined(__i386__)
+		__builtin_ia32_pause();
+#endif
+	}
+}
+
+/*
+ * Whether anybody who changes a registered mapping has not been told yet that his
+ * event was read.  Then this gives EAGAIN, and otherwise EINVAL, as it protects
+ * nothing.
+ */
+static bool is_anything_under_way(void)
+{
+	struct uffdio_writeprotect nothing = { .mode = 0 };
+
+	return ioctl(engine.userfaultfd, UFFDIO_WRITEPROTECT, &nothing) &&
+	       errno == EAGAIN;
+}
+
 /* --------------------------------------------------------------- coverage --- */
 
 /* Grows engine.forgotten so that it has this range in it. */
@@ -502,6 +543,57 @@ static void remove_cover(uint64_t start, uint64_t end)
 		}
 	}
 }
+
+/* ---------------------------------------------------------------- changes --- */
+
+static void apply(struct change *change)
+{
+	struct mapping moved = { 0 };
+
+	engine.change_number++;
+	ranges_visit(engine.regions, change->start, change->end, hit, change);
+	if (change->kind == CHANGE_DROPS_PAGES)
+		return;
+	remove_cover(change->start, change->end);
+	if (change->kind == CHANGE_MOVES) {
+		uint64_t end = change->target + (change->end - change->start);
+
+		remove_cover(change->target, end);
+		add_cover(&moved, change->target, end, false);
+	}
+}
+
+/* Nobody knows what has changed, so everything has. */
+static void invalidate_everything(void)
+{
+	struct change change = { CHANGE_UNMAPS, 0, UINT64_MAX, 0 };
+
+	apply(&change);
+	/* It was not one change, which each report now says it was. */
+	ranges_visit(engine.regions, 0, UINT64_MAX, hit, &change);
+	/* Still registered, mostly, and moved to who knows where. */
+	forget(0, UINT64_MAX);
+}
+
+/* Applies what the thread has put into the ring. */
+static void empty_ring(void)
+{
+	uint32_t out = atomic_load_explicit(&engine.ring_out,
+					    memory_order_relaxed);
+
+	while (out != atomic_load_explicit(&engine.ring_in,
+					   memory_order_acquire)) {
+		struct change change = engine.ring[out % AIOUMMU_RING_SIZE];
+
+		atomic_store_explicit(&engine.ring_out, ++out,
+				      memory_order_release);
+		apply(&change);
+	}
+	if (atomic_exchange(&engine.overrun, false))
+		invalidate_everything();
+}
+
+/* ---------------------------------------------------- watching mappings --- */
 
 static bool is_wanted(uint64_t start, uint64_t end)
 {
@@ -589,11 +681,21 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 	unsigned int attempts = 0;
 	struct mapping mapping;
 	struct cover *known;
+	bool is_exact;
 	int error;
 
+	/*
+	 * Who unmaps something says so afterwards, when the addresses may have
+	 * been given to somebody else already: to the caller, for one.
+	 */
+	is_exact = !is_anything_under_way();
+	settle();
+	empty_ring();
 	while (start < end) {
 		known = find_cover(start, start + 1);
-		if (known && known->certain && !engine.mappings.indexed) {
+		if (known && !(known->certain && is_exact))
+			known = NULL;
+		if (known && !engine.mappings.indexed) {
 			start = known->range.end;
 			continue;
 		}
@@ -605,8 +707,7 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 				      error || mapping.start > end ?
 				      end : mapping.start, -EFAULT);
 		/* Few changes come without an event, but some do: shmdt(). */
-		if (known && known->certain &&
-		    mappings_equal(&known->mapping, &mapping) &&
+		if (known && mappings_equal(&known->mapping, &mapping) &&
 		    known->range.start == mapping.start &&
 		    known->range.end == mapping.end) {
 			start = mapping.end;
@@ -627,54 +728,7 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 	return 0;
 }
 
-/* ---------------------------------------------------------------- changes --- */
-
-static void apply(struct change *change)
-{
-	struct mapping moved = { 0 };
-
-	engine.change_number++;
-	ranges_visit(engine.regions, change->start, change->end, hit, change);
-	if (change->kind == CHANGE_DROPS_PAGES)
-		return;
-	remove_cover(change->start, change->end);
-	if (change->kind == CHANGE_MOVES) {
-		uint64_t end = change->target + (change->end - change->start);
-
-		remove_cover(change->target, end);
-		add_cover(&moved, change->target, end, false);
-	}
-}
-
-/* Nobody knows what has changed, so everything has. */
-static void invalidate_everything(void)
-{
-	struct change change = { CHANGE_UNMAPS, 0, UINT64_MAX, 0 };
-
-	apply(&change);
-	/* It was not one change, which each report now says it was. */
-	ranges_visit(engine.regions, 0, UINT64_MAX, hit, &change);
-	/* Still registered, mostly, and moved to who knows where. */
-	forget(0, UINT64_MAX);
-}
-
-/* Applies what the thread has put into the ring. */
-static void empty_ring(void)
-{
-	uint32_t out = atomic_load_explicit(&engine.ring_out,
-					    memory_order_relaxed);
-
-	while (out != atomic_load_explicit(&engine.ring_in,
-					   memory_order_acquire)) {
-		struct change change = engine.ring[out % AIOUMMU_RING_SIZE];
-
-		atomic_store_explicit(&engine.ring_out, ++out,
-				      memory_order_release);
-		apply(&change);
-	}
-	if (atomic_exchange(&engine.overrun, false))
-		invalidate_everything();
-}
+/* --------------------------------------------------------------- the lock --- */
 
 static bool ring_is_empty(void)
 {
@@ -695,32 +749,6 @@ static void let_go(void)
 			return;
 		empty_ring();
 	} while (true);
-}
-
-/* Waits, for longer with each call. */
-static void back_off(unsigned int attempt)
-{
-	struct timespec delay = { .tv_nsec = 50000 };
-
-	if (attempt < 20)
-		sched_yield();
-	else
-		/* The other may have a lower priority. */
-		nanosleep(&delay, NULL);
-}
-
-/* Waits until everything that was read before this call is in the ring. */
-static void settle(void)
-{
-	uint64_t begun = atomic_load(&engine.page->begun);
-
-	for (unsigned int i = 0; atomic_load(&engine.finished) < begun; i++) {
-		if (i >= 100)
-			back_off(i - 100);
-#if defined(__x86_64__) || defined(__i386__)
-		__builtin_ia32_pause();
-#endif
-	}
 }
 
 /* A child that was forked behind the C library's back has a copy of everything. */
@@ -1356,18 +1384,11 @@ int aioummu_generation(int number, uint64_t *generation)
 
 int aioummu_fence(void)
 {
-	struct uffdio_writeprotect nothing = { .mode = 0 };
-
 	if (!engine.page)
 		return -EBADF;
 	if (is_copy())
 		return -EOWNERDEAD;
-	/*
-	 * EAGAIN as long as anybody who changes a registered mapping has not been
-	 * told that his event was read; otherwise EINVAL, as it protects nothing.
-	 */
-	for (unsigned int i = 0; ioctl(engine.userfaultfd, UFFDIO_WRITEPROTECT,
-				       &nothing) && errno == EAGAIN; i++)
+	for (unsigned int i = 0; is_anything_under_way(); i++)
 		back_off(i);
 	settle();
 	return 0;
