@@ -474,25 +474,6 @@ static void forget(uint64_t start, uint64_t end)
 		engine.forgotten_end = end;
 }
 
-/* Returns NULL if there is no room, which is not to be feared while reserved. */
-static struct cover *add_cover(const struct mapping *mapping, uint64_t start,
-			       uint64_t end, bool certain)
-{
-	struct cover *cover = pool_take(&engine.cover_pool);
-
-	if (!cover) {
-		forget(start, end);
-		return NULL;
-	}
-	cover->range.start = start;
-	cover->range.end = end;
-	cover->range.priority = random_priority();
-	cover->mapping = *mapping;
-	cover->certain = certain;
-	ranges_insert(&engine.coverage, &cover->range);
-	return cover;
-}
-
 static void leave_idle(struct cover *cover)
 {
 	if (cover->idle) {
@@ -511,6 +492,26 @@ static void enter_idle(struct cover *cover)
 	}
 }
 
+/* Nothing overlaps it.  If there is no room, it is forgotten. */
+static void add_cover(const struct mapping *mapping, uint64_t start,
+		      uint64_t end, bool certain, bool idle)
+{
+	struct cover *cover = pool_take(&engine.cover_pool);
+
+	if (!cover) {
+		forget(start, end);
+		return;
+	}
+	cover->range.start = start;
+	cover->range.end = end;
+	cover->range.priority = random_priority();
+	cover->mapping = *mapping;
+	cover->certain = certain;
+	ranges_insert(&engine.coverage, &cover->range);
+	if (idle)
+		enter_idle(cover);
+}
+
 static struct cover *find_cover(uint64_t start, uint64_t end)
 {
 	struct range *range = ranges_overlapping(engine.coverage, start, end);
@@ -524,23 +525,17 @@ static void remove_cover(uint64_t start, uint64_t end)
 	struct cover *cover;
 
 	while ((cover = find_cover(start, end))) {
-		struct cover old = *cover, *rest;
+		struct cover old = *cover;
 
 		ranges_remove(&engine.coverage, &cover->range);
 		leave_idle(cover);
 		pool_give(&engine.cover_pool, cover);
-		if (old.range.start < start) {
-			rest = add_cover(&old.mapping, old.range.start, start,
-					 old.certain);
-			if (old.idle && rest)
-				enter_idle(rest);
-		}
-		if (old.range.end > end) {
-			rest = add_cover(&old.mapping, end, old.range.end,
-					 old.certain);
-			if (old.idle && rest)
-				enter_idle(rest);
-		}
+		if (old.range.start < start)
+			add_cover(&old.mapping, old.range.start, start,
+				  old.certain, old.idle);
+		if (old.range.end > end)
+			add_cover(&old.mapping, end, old.range.end,
+				  old.certain, old.idle);
 	}
 }
 
@@ -559,7 +554,7 @@ static void apply(struct change *change)
 		uint64_t end = change->target + (change->end - change->start);
 
 		remove_cover(change->target, end);
-		add_cover(&moved, change->target, end, false);
+		add_cover(&moved, change->target, end, false, false);
 	}
 }
 
@@ -722,7 +717,7 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 		if (error)
 			return refuse(refusal, mapping.start, mapping.end, error);
 		remove_cover(mapping.start, mapping.end);
-		add_cover(&mapping, mapping.start, mapping.end, true);
+		add_cover(&mapping, mapping.start, mapping.end, true, false);
 		start = mapping.end;
 	}
 	return 0;
