@@ -554,7 +554,7 @@ static void apply(struct change *change)
 		uint64_t end = change->target + (change->end - change->start);
 
 		remove_cover(change->target, end);
-		add_cover(&moved, change->target, end, false, false);
+		add_cover(&moved, change->target, end, false, true);
 	}
 }
 
