@@ -149,19 +149,13 @@ struct notifier {
 };
 
 /**
- * struct cover - a mapping that is registered with the userfaultfd
+ * struct cover - a mapping that was registered with the userfaultfd
  * @range:	in engine.coverage
- * @mapping:	what it was when it was registered
- * @certain:	it was seen to be registered, and no event has taken it away.
- *		Otherwise it was moved here, but may be gone already: events of
- *		different threads can overtake each other.
  * @idle:	it is among engine.idle
  * @link:	there
  */
 struct cover {
 	struct range		range;
-	struct mapping		mapping;
-	bool			certain;
 	bool			idle;
 	TAILQ_ENTRY(cover)	link;
 };
@@ -218,11 +212,12 @@ struct page {
  * @change_number:	of the change being applied
  * @last_number:	of the newest notifier; numbers are not used again
  * @random:	the last random number
- * @stop:	an eventfd that ends the thread
+ * @stop:	an eventfd that wakes the thread
  * @thread:	the thread
  * @stack:	its stack
  * @page:	see there
  * @finished:	reads of the userfaultfd that are over and in the ring
+ * @stopping:	the thread is to end
  * @dead:	the thread has ended because the userfaultfd broke
  * @ring:	changes from the thread to the holder of the lock
  * @ring_in:	changes put there so far
@@ -257,6 +252,7 @@ static struct engine {
 	void			*stack;
 	struct page		*page;
 	_Atomic uint64_t	finished;
+	atomic_bool		stopping;
 	atomic_bool		dead;
 	struct change		ring[AIOUMMU_RING_SIZE];
 	_Atomic uint32_t	ring_in;
@@ -445,19 +441,6 @@ static void settle(void)
 	}
 }
 
-/*
- * Whether anybody who changes a registered mapping has not been told yet that his
- * event was read.  Then this gives EAGAIN, and otherwise EINVAL, as it protects
- * nothing.
- */
-static bool is_anything_under_way(void)
-{
-	struct uffdio_writeprotect nothing = { .mode = 0 };
-
-	return ioctl(engine.userfaultfd, UFFDIO_WRITEPROTECT, &nothing) &&
-	       errno == EAGAIN;
-}
-
 /* --------------------------------------------------------------- coverage --- */
 
 /* Grows engine.forgotten so that it has this range in it. */
@@ -493,8 +476,7 @@ static void enter_idle(struct cover *cover)
 }
 
 /* Nothing overlaps it.  If there is no room, it is forgotten. */
-static void add_cover(const struct mapping *mapping, uint64_t start,
-		      uint64_t end, bool certain, bool idle)
+static void add_cover(uint64_t start, uint64_t end, bool idle)
 {
 	struct cover *cover = pool_take(&engine.cover_pool);
 
@@ -505,8 +487,6 @@ static void add_cover(const struct mapping *mapping, uint64_t start,
 	cover->range.start = start;
 	cover->range.end = end;
 	cover->range.priority = random_priority();
-	cover->mapping = *mapping;
-	cover->certain = certain;
 	ranges_insert(&engine.coverage, &cover->range);
 	if (idle)
 		enter_idle(cover);
@@ -531,11 +511,9 @@ static void remove_cover(uint64_t start, uint64_t end)
 		leave_idle(cover);
 		pool_give(&engine.cover_pool, cover);
 		if (old.range.start < start)
-			add_cover(&old.mapping, old.range.start, start,
-				  old.certain, old.idle);
+			add_cover(old.range.start, start, old.idle);
 		if (old.range.end > end)
-			add_cover(&old.mapping, end, old.range.end,
-				  old.certain, old.idle);
+			add_cover(end, old.range.end, old.idle);
 	}
 }
 
@@ -543,18 +521,24 @@ static void remove_cover(uint64_t start, uint64_t end)
 
 static void apply(struct change *change)
 {
-	struct mapping moved = { 0 };
+	uint64_t length = change->end - change->start;
 
-	engine.change_number++;
-	ranges_visit(engine.regions, change->start, change->end, hit, change);
+	/* mremap() of length 0 takes nothing away, it maps the same pages twice. */
+	if (length) {
+		engine.change_number++;
+		ranges_visit(engine.regions, change->start, change->end, hit,
+			     change);
+	}
 	if (change->kind == CHANGE_DROPS_PAGES)
 		return;
-	remove_cover(change->start, change->end);
+	if (length)
+		remove_cover(change->start, change->end);
 	if (change->kind == CHANGE_MOVES) {
-		uint64_t end = change->target + (change->end - change->start);
+		/* Which may be longer now; it is looked up when it is released. */
+		uint64_t end = change->target + (length ? length : 1);
 
 		remove_cover(change->target, end);
-		add_cover(&moved, change->target, end, false, true);
+		add_cover(change->target, end, true);
 	}
 }
 
@@ -640,26 +624,39 @@ static void find_idle(uint64_t start, uint64_t end)
 	}
 }
 
-/* A negative errno; -EAGAIN if the mapping has changed since it was looked up. */
-static int register_mapping(const struct mapping *mapping)
+/* Makes the kernel send events; harmless for what is registered already. */
+static int register_range(uint64_t start, uint64_t end)
 {
 	struct uffdio_register argument = {
-		.range.start = mapping->start,
-		.range.len = mapping->end - mapping->start,
+		.range.start = start,
+		.range.len = end - start,
 		.mode = UFFDIO_REGISTER_MODE_WP,
 	};
-	struct mapping now;
-	int error;
 
-	error = ioctl(engine.userfaultfd, UFFDIO_REGISTER, &argument) ? -errno : 0;
+	return ioctl(engine.userfaultfd, UFFDIO_REGISTER, &argument) ? -errno : 0;
+}
+
+/*
+ * The same for a mapping that is new.  -EAGAIN if it has changed since it was
+ * looked up, so that something else may have been registered.
+ */
+static int register_mapping(const struct mapping *mapping)
+{
+	int error = register_range(mapping->start, mapping->end);
+	struct mapping now;
+
 	/*
-	 * If the mapping is still what it was, all of it has been registered.  If
-	 * it went away and another like it came, then an event is on its way.
+	 * If it went away and another like it came, then after it had been
+	 * registered: an event is on its way.
 	 */
 	if (mapping_at_or_behind(&engine.mappings, mapping->start, &now) ||
-	    !mappings_equal(&now, mapping))
+	    now.start != mapping->start || now.end != mapping->end)
 		return -EAGAIN;
-	return error;
+	if (error)
+		return error;
+	remove_cover(mapping->start, mapping->end);
+	add_cover(mapping->start, mapping->end, false);
+	return 0;
 }
 
 static int refuse(struct aioummu_refusal *refusal, uint64_t start, uint64_t end,
@@ -670,27 +667,25 @@ static int refuse(struct aioummu_refusal *refusal, uint64_t start, uint64_t end,
 	return error;
 }
 
-/* Has the mappings in a range registered, which are then watched. */
+/*
+ * Has the mappings in a range registered, which are then watched.
+ *
+ * What is known to be covered is registered again: it may have gone without an
+ * event (shmdt() sends none), or before its event, when the addresses can be
+ * somebody else's already, the caller's for one.
+ */
 static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 {
 	unsigned int attempts = 0;
-	struct mapping mapping;
-	struct cover *known;
-	bool is_exact;
-	int error;
 
-	/*
-	 * Who unmaps something says so afterwards, when the addresses may have
-	 * been given to somebody else already: to the caller, for one.
-	 */
-	is_exact = !is_anything_under_way();
-	settle();
-	empty_ring();
 	while (start < end) {
-		known = find_cover(start, start + 1);
-		if (known && !(known->certain && is_exact))
-			known = NULL;
-		if (known && !engine.mappings.indexed) {
+		struct cover *known = find_cover(start, start + 1);
+		struct mapping mapping;
+		int error;
+
+		/* Without an index, looking it up would cost far more than this. */
+		if (known && !engine.mappings.indexed &&
+		    !register_range(known->range.start, known->range.end)) {
 			start = known->range.end;
 			continue;
 		}
@@ -701,10 +696,9 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 			return refuse(refusal, start,
 				      error || mapping.start > end ?
 				      end : mapping.start, -EFAULT);
-		/* Few changes come without an event, but some do: shmdt(). */
-		if (known && mappings_equal(&known->mapping, &mapping) &&
-		    known->range.start == mapping.start &&
-		    known->range.end == mapping.end) {
+		if (known && known->range.start == mapping.start &&
+		    known->range.end == mapping.end &&
+		    !register_range(mapping.start, mapping.end)) {
 			start = mapping.end;
 			continue;
 		}
@@ -716,8 +710,6 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 			continue;
 		if (error)
 			return refuse(refusal, mapping.start, mapping.end, error);
-		remove_cover(mapping.start, mapping.end);
-		add_cover(&mapping, mapping.start, mapping.end, true, false);
 		start = mapping.end;
 	}
 	return 0;
@@ -867,38 +859,46 @@ static bool read_event(void)
 	struct uffd_msg message;
 	uint64_t number;
 	ssize_t length;
-	bool works;
+	int error;
 
 	number = atomic_load_explicit(&engine.page->begun, memory_order_relaxed);
 	atomic_store(&engine.page->begun, number + 1);
 	/* From here on the thread that made the change may go on. */
 	length = read(engine.userfaultfd, &message, sizeof(message));
-	works = length == sizeof(message) || (length < 0 && errno == EAGAIN);
+	error = length < 0 ? errno : 0;
 	if (length == sizeof(message))
 		put_event(&message);
-	else if (!works)
-		atomic_store(&engine.overrun, true);
 	atomic_store(&engine.finished, number + 1);
-	return works;
+	return length == sizeof(message) || error == EAGAIN || error == EINTR;
 }
 
-static void *run(void *unused)
+/* Returns false if the descriptors are no good any more. */
+static bool wait_for_event(void)
 {
+	const struct timespec delay = { .tv_nsec = 1000000 };
+	const short broken = POLLERR | POLLHUP | POLLNVAL;
 	struct pollfd polled[] = {
 		{ .fd = engine.userfaultfd, .events = POLLIN },
 		{ .fd = engine.stop, .events = POLLIN },
 	};
 
+	if (poll(polled, 2, -1) >= 0)
+		return !((polled[0].revents | polled[1].revents) & broken);
+	/* A process can forbid it to itself: RLIMIT_NOFILE, a seccomp filter. */
+	nanosleep(&delay, NULL);
+	return true;
+}
+
+static void *run(void *unused)
+{
+	bool works = true;
+
 	(void)unused;
 	pthread_setname_np(pthread_self(), "aioummu");
-	for (;;) {
-		if (poll(polled, 2, -1) < 0)
-			continue;
-		if (polled[1].revents)
-			return NULL;
-		if (polled[0].revents & (POLLERR | POLLHUP | POLLNVAL) ||
-		    !read_event()) {
-			/* Somebody has closed it, for example. */
+	while (works && !atomic_load(&engine.stopping)) {
+		works = wait_for_event() && read_event();
+		if (!works) {
+			/* Somebody has closed them, for example. */
 			atomic_store(&engine.overrun, true);
 			atomic_store(&engine.dead, true);
 		}
@@ -907,9 +907,8 @@ static void *run(void *unused)
 			empty_ring();
 			let_go();
 		}
-		if (atomic_load(&engine.dead))
-			return NULL;
 	}
+	return NULL;
 }
 
 /* ------------------------------------------------------ starting, stopping --- */
@@ -1096,6 +1095,7 @@ static int start(void)
 	engine.forgotten_start = 0;
 	engine.forgotten_end = 0;
 	engine.random = 2463534242;
+	atomic_store(&engine.stopping, false);
 	atomic_store(&engine.dead, false);
 	atomic_store(&engine.overrun, false);
 	atomic_store(&engine.ring_out, atomic_load(&engine.ring_in));
@@ -1150,6 +1150,7 @@ static void stop(void)
 	pthread_mutex_lock(&engine.lock);
 	engine.running = false;
 	pthread_mutex_unlock(&engine.lock);
+	atomic_store(&engine.stopping, true);
 	while (write(engine.stop, &one, sizeof(one)) < 0 && errno == EINTR)
 		;
 	pthread_join(engine.thread, NULL);
@@ -1379,11 +1380,18 @@ int aioummu_generation(int number, uint64_t *generation)
 
 int aioummu_fence(void)
 {
+	struct uffdio_writeprotect nothing = { .mode = 0 };
+
 	if (!engine.page)
 		return -EBADF;
 	if (is_copy())
 		return -EOWNERDEAD;
-	for (unsigned int i = 0; is_anything_under_way(); i++)
+	/*
+	 * EAGAIN as long as anybody who changes a registered mapping has not been
+	 * told that his event was read; otherwise EINVAL, as it protects nothing.
+	 */
+	for (unsigned int i = 0; ioctl(engine.userfaultfd, UFFDIO_WRITEPROTECT,
+				       &nothing) && errno == EAGAIN; i++)
 		back_off(i);
 	settle();
 	return 0;

@@ -42,13 +42,8 @@ static int query(int fd, uint64_t address, struct mapping *mapping)
 
 	if (ioctl(fd, PROCMAP_QUERY_V1, &query))
 		return -errno;
-	*mapping = (struct mapping) {
-		.start = query.vma_start,
-		.end = query.vma_end,
-		.flags = query.vma_flags,
-		.device = (uint64_t)query.dev_major << 32 | query.dev_minor,
-		.inode = query.inode,
-	};
+	mapping->start = query.vma_start;
+	mapping->end = query.vma_end;
 	return 0;
 }
 
@@ -87,45 +82,34 @@ static char next(struct text *text)
 	return text->bytes[text->at++];
 }
 
-/* A number of this base, and the character behind it. */
-static uint64_t number(struct text *text, unsigned int base, char *behind)
+/* A hexadecimal number, and the character behind it. */
+static uint64_t number(struct text *text, char *behind)
 {
 	uint64_t value = 0;
-	unsigned int digit;
 	char c;
 
 	for (;;) {
 		c = next(text);
 		if (c >= '0' && c <= '9')
-			digit = c - '0';
+			value = value << 4 | (uint64_t)(c - '0');
 		else if (c >= 'a' && c <= 'f')
-			digit = c - 'a' + 10;
+			value = value << 4 | (uint64_t)(c - 'a' + 10);
 		else
-			digit = base;
-		if (digit >= base)
 			break;
-		value = value * base + digit;
 	}
 	*behind = c;
 	return value;
 }
 
-/* "start-end rwxp offset major:minor inode name", see proc_pid_maps(5). */
+/* A line begins with "start-end ", see proc_pid_maps(5). */
 static bool parse_line(struct text *text, struct mapping *mapping)
 {
 	char c;
 
-	mapping->start = number(text, 16, &c);
+	mapping->start = number(text, &c);
 	if (c != '-')
 		return false;
-	mapping->end = number(text, 16, &c);
-	mapping->flags = 0;
-	while ((c = next(text)) && c != ' ')
-		mapping->flags = mapping->flags << 8 | (unsigned char)c;
-	number(text, 16, &c);
-	mapping->device = number(text, 16, &c) << 32;
-	mapping->device |= number(text, 16, &c);
-	mapping->inode = number(text, 10, &c);
+	mapping->end = number(text, &c);
 	while (c && c != '\n')
 		c = next(text);
 	return c == '\n';
@@ -160,11 +144,4 @@ int mapping_at_or_behind(const struct mappings *mappings, uint64_t address,
 	if (mappings->indexed)
 		return query(mappings->fd, address, mapping);
 	return scan(mappings->fd, address, mapping);
-}
-
-bool mappings_equal(const struct mapping *a, const struct mapping *b)
-{
-	return a->start == b->start && a->end == b->end &&
-	       a->flags == b->flags && a->device == b->device &&
-	       a->inode == b->inode;
 }

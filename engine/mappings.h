@@ -14,16 +14,10 @@
  * struct mapping - a VMA
  * @start:	first byte
  * @end:	first byte behind it
- * @flags:	what may be done with it; comparable within one boot only
- * @device:	of the mapped file, 0 if there is none
- * @inode:	of the mapped file, 0 if there is none
  */
 struct mapping {
 	uint64_t	start;
 	uint64_t	end;
-	uint64_t	flags;
-	uint64_t	device;
-	uint64_t	inode;
 };
 
 /**
@@ -45,7 +39,5 @@ int mappings_open(struct mappings *mappings);
  */
 int mapping_at_or_behind(const struct mappings *mappings, uint64_t address,
 			 struct mapping *mapping);
-
-bool mappings_equal(const struct mapping *a, const struct mapping *b);
 
 #endif
