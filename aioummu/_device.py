@@ -86,8 +86,8 @@ class DeviceLike(Protocol):
         """Watch all of the region again, if it is spent."""
         ...
 
-    def fence(self) -> None:
-        """Return when all changes that are under way have been counted."""
+    def fence(self) -> bool:
+        """Wait until all changes under way are counted; False: in vain."""
         ...
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
@@ -270,8 +270,9 @@ class Device:
     def rearm(self, cookie: int) -> None:
         """Do nothing: the driver watches addresses, whatever is mapped there."""
 
-    def fence(self) -> None:
-        """Do nothing: the driver counts a change before the first page goes."""
+    def fence(self) -> bool:
+        """Return True: the driver counts a change before the first page goes."""
+        return True
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read records into a buffer of at least 32 bytes.

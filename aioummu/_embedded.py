@@ -189,20 +189,23 @@ class EmbeddedDevice:
         refusal = ffi.new("struct aioummu_refusal *")
         self._check(lib.aioummu_rearm(self._number, cookie, refusal), cookie, refusal)
 
-    def fence(self) -> None:
-        """Return when every unmapping and move that is under way was counted.
+    def fence(self) -> bool:
+        """Wait until every unmapping and move that is under way was counted.
 
         The generation counts a change before the call that made it returns, but
         not before the memory is gone. Whoever may have been given an address
         that another thread is just giving back calls this first. One system
         call, unless somebody is changing watched mappings at this moment.
 
+        :returns: False if others changed watched mappings for 50 ms without a
+            pause, so that nobody can tell: anything may have changed then
         :raises ClosedError: if the device is closed
         :raises ForkedError: in a forked child
         """
         if not self._number:
             raise self._gone()
-        self._check(lib.aioummu_fence())
+        result = lib.aioummu_fence()
+        return result != -errno.ETIMEDOUT and not self._check(result)
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read records into a buffer of at least 32 bytes.

@@ -277,21 +277,26 @@ class Notifier:
                 raise UnknownCookieError(f"cookie {cookie} names no region")
             self._withdraw(region)
 
-    def fence(self) -> None:
-        """Return when every change that is under way has been counted.
+    def fence(self) -> bool:
+        """Wait until every change that is under way has been counted.
 
         The driver counts a change before the first page goes, so this does
         nothing there. The embedded backend counts an unmapping before the call
-        that makes it returns, but after the memory has gone: a thread that may
-        have been given an address which another is just giving back calls this
-        before it looks at :attr:`changed`. Then it is one system call, unless
-        somebody is changing watched mappings at this moment.
+        that makes it returns, but after the memory has gone. So a thread that
+        may have been given an address which another is just giving back asks::
 
+            if notifier.fence() and not notifier.changed: ...  # still true
+
+        That is one system call, unless somebody is changing watched mappings at
+        this moment.
+
+        :returns: False if others changed watched mappings for 50 ms without a
+            pause, so that nobody can tell: anything may have changed then
         :raises ClosedError: if the notifier is closed
         :raises ForkedError: in a forked child
         """
         self._check_open()
-        self._device.fence()
+        return self._device.fence()
 
     def __aiter__(self) -> Self:
         return self

@@ -79,7 +79,7 @@ class PipeDevice:
     def rearm(self, cookie: int) -> None:
         raise NotImplementedError
 
-    def fence(self) -> None:
+    def fence(self) -> bool:
         raise NotImplementedError
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:

@@ -33,10 +33,10 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/queue.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -73,10 +73,14 @@
 #endif
 /* The most mappings without a region that stay registered. */
 #define IDLE_LIMIT	64
+/* Room for what events split while nobody can get more. */
+#define COVER_RESERVE	256
 /* Regions that close() takes away before it lets others have the lock. */
 #define CLOSE_BATCH	256
 /* How often to try what others' changes of the same mappings can spoil. */
 #define ATTEMPTS	1000
+/* Nanoseconds for which a fence waits for a moment without any change. */
+#define FENCE_PATIENCE	50000000
 #define FIRST_CHUNK	(64u << 10)
 #define CHUNKS		32
 #define STACK_SIZE	(1u << 20)
@@ -126,6 +130,28 @@ struct region {
 };
 
 /**
+ * struct descriptor - a file, and how to recognise it
+ * @fd:		its number, or -1
+ * @device:	st_dev of stat(2)
+ * @inode:	st_ino
+ */
+struct descriptor {
+	int	fd;
+	dev_t	device;
+	ino_t	inode;
+};
+
+/**
+ * struct bell - a pipe, of which only matters whether it is empty
+ * @out:	readable if not
+ * @in:		the other end
+ */
+struct bell {
+	struct descriptor	out;
+	struct descriptor	in;
+};
+
+/**
  * struct notifier - what an open device is to the driver
  * @number:	in engine.notifiers, where start is the number
  * @cookies:	its regions by cookie
@@ -135,7 +161,7 @@ struct region {
  * @last_change:	the one that raised the generation last
  * @last_due:	a LAST record is due behind the reports; whenever it is, and
  *		only then, the doorbell has been rung
- * @doorbell:	a pipe with a byte in it while there is something to read
+ * @doorbell:	readable while there is something to read
  */
 struct notifier {
 	struct range		number;
@@ -145,7 +171,7 @@ struct notifier {
 	uint64_t		generation;
 	uint64_t		last_change;
 	bool			last_due;
-	int			doorbell[2];
+	struct bell		doorbell;
 };
 
 /**
@@ -198,6 +224,7 @@ struct page {
  * @running:	there is a thread; changes under both locks
  * @lock:	protects what follows, up to the part of the thread
  * @userfaultfd:	where the events come from
+ * @maps:	/proc/self/maps
  * @mappings:	where to look mappings up
  * @regions:	of all notifiers, by address
  * @notifiers:	by number
@@ -212,7 +239,7 @@ struct page {
  * @change_number:	of the change being applied
  * @last_number:	of the newest notifier; numbers are not used again
  * @random:	the last random number
- * @stop:	an eventfd that wakes the thread
+ * @wake:	has the thread look around
  * @thread:	the thread
  * @stack:	its stack
  * @page:	see there
@@ -231,7 +258,8 @@ static struct engine {
 	bool			running;
 
 	pthread_mutex_t		lock;
-	int			userfaultfd;
+	struct descriptor	userfaultfd;
+	struct descriptor	maps;
 	struct mappings		mappings;
 	struct range		*regions;
 	struct range		*notifiers;
@@ -247,7 +275,7 @@ static struct engine {
 	int			last_number;
 	uint32_t		random;
 
-	int			stop;
+	struct bell		wake;
 	pthread_t		thread;
 	void			*stack;
 	struct page		*page;
@@ -262,9 +290,9 @@ static struct engine {
 } engine = {
 	.lifecycle = PTHREAD_MUTEX_INITIALIZER,
 	.lock = PTHREAD_MUTEX_INITIALIZER,
-	.userfaultfd = -1,
-	.mappings = { .fd = -1 },
-	.stop = -1,
+	.userfaultfd = { .fd = -1 },
+	.maps = { .fd = -1 },
+	.wake = { .out = { .fd = -1 }, .in = { .fd = -1 } },
 };
 
 #define container_of(pointer, type, member) \
@@ -362,23 +390,86 @@ static uint32_t random_priority(void)
 	return engine.random;
 }
 
+/* ------------------------------------------------------------- descriptors --- */
+
+/*
+ * Programs close descriptors that are not theirs (closefrom()), and the numbers
+ * become those of other files, which must not be written or closed.
+ */
+static void own(struct descriptor *descriptor, int fd)
+{
+	struct stat status = { 0 };
+
+	fstat(fd, &status);
+	*descriptor = (struct descriptor) { fd, status.st_dev, status.st_ino };
+}
+
+static bool is_owned(const struct descriptor *descriptor)
+{
+	struct stat status;
+
+	return descriptor->fd >= 0 && !fstat(descriptor->fd, &status) &&
+	       status.st_dev == descriptor->device &&
+	       status.st_ino == descriptor->inode;
+}
+
+static void close_owned(struct descriptor *descriptor)
+{
+	if (is_owned(descriptor))
+		close(descriptor->fd);
+	descriptor->fd = -1;
+}
+
+static int bell_open(struct bell *bell)
+{
+	int ends[2];
+
+	if (pipe2(ends, O_CLOEXEC | O_NONBLOCK))
+		return -errno;
+	own(&bell->out, ends[0]);
+	own(&bell->in, ends[1]);
+	return 0;
+}
+
+static void bell_close(struct bell *bell)
+{
+	close_owned(&bell->out);
+	close_owned(&bell->in);
+}
+
+/* Neither call can wait; if the pipe is full, that is fine as well. */
+static void ring(const struct bell *bell)
+{
+	/* As long as the engine works, nobody has closed anything. */
+	if (atomic_load(&engine.dead) && !is_owned(&bell->in))
+		return;
+	while (write(bell->in.fd, "", 1) < 0 && errno == EINTR)
+		;
+}
+
+static void quiet(const struct bell *bell)
+{
+	char bytes[16];
+
+	if (atomic_load(&engine.dead) && !is_owned(&bell->out))
+		return;
+	while (read(bell->out.fd, bytes, sizeof(bytes)) < 0 && errno == EINTR)
+		;
+}
+
 /* -------------------------------------------------------------- reporting --- */
 
-/* Something became readable: the pipe is empty, so neither call can wait. */
+/* Something became readable. */
 static void ring_doorbell(struct notifier *notifier)
 {
 	notifier->last_due = true;
-	while (write(notifier->doorbell[1], "", 1) < 0 && errno == EINTR)
-		;
+	ring(&notifier->doorbell);
 }
 
 static void quiet_doorbell(struct notifier *notifier)
 {
-	char byte;
-
 	notifier->last_due = false;
-	while (read(notifier->doorbell[0], &byte, 1) < 0 && errno == EINTR)
-		;
+	quiet(&notifier->doorbell);
 }
 
 static void drop_report(struct region *region)
@@ -414,6 +505,15 @@ static void hit(struct range *range, void *context)
 }
 
 /* ---------------------------------------------------------------- waiting --- */
+
+/* Nanoseconds. */
+static uint64_t now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec * UINT64_C(1000000000) + time.tv_nsec;
+}
 
 /* Waits, for longer with each call. */
 static void back_off(unsigned int attempt)
@@ -554,14 +654,18 @@ static void invalidate_everything(void)
 	forget(0, UINT64_MAX);
 }
 
-/* Applies what the thread has put into the ring. */
+/*
+ * Applies what the thread has put into the ring until now, and no more: others
+ * may change mappings faster than this is done.
+ */
 static void empty_ring(void)
 {
 	uint32_t out = atomic_load_explicit(&engine.ring_out,
 					    memory_order_relaxed);
+	uint32_t in = atomic_load_explicit(&engine.ring_in,
+					   memory_order_acquire);
 
-	while (out != atomic_load_explicit(&engine.ring_in,
-					   memory_order_acquire)) {
+	while (out != in) {
 		struct change change = engine.ring[out % AIOUMMU_RING_SIZE];
 
 		atomic_store_explicit(&engine.ring_out, ++out,
@@ -579,6 +683,27 @@ static bool is_wanted(uint64_t start, uint64_t end)
 	return ranges_overlapping(engine.regions, start, end);
 }
 
+/* Makes the kernel send events; harmless for what is registered already. */
+static int register_range(uint64_t start, uint64_t end)
+{
+	struct uffdio_register argument = {
+		.range.start = start,
+		.range.len = end - start,
+		.mode = UFFDIO_REGISTER_MODE_WP,
+	};
+
+	return ioctl(engine.userfaultfd.fd, UFFDIO_REGISTER, &argument) ? -errno : 0;
+}
+
+/* Whether a mapping starts right at this address. */
+static bool starts_mapping(uint64_t address)
+{
+	struct mapping mapping;
+
+	return !mapping_at_or_behind(&engine.mappings, address, &mapping) &&
+	       mapping.start == address;
+}
+
 /*
  * Unregisters mappings in which nobody has a region.  Always whole ones, whatever
  * they have become since they were registered.
@@ -586,6 +711,7 @@ static bool is_wanted(uint64_t start, uint64_t end)
 static void unregister_mappings(uint64_t start, uint64_t end)
 {
 	struct mapping mapping;
+	bool had_neighbour;
 
 	while (start < end) {
 		struct uffdio_range range;
@@ -596,11 +722,20 @@ static void unregister_mappings(uint64_t start, uint64_t end)
 		start = mapping.end;
 		if (is_wanted(mapping.start, mapping.end))
 			continue;
+		remove_cover(mapping.start, mapping.end);
+		/*
+		 * Fails for what is another userfaultfd's: that has to stay, and
+		 * before Linux 6.15 unregistering did not look whose it is.
+		 */
+		if (register_range(mapping.start, mapping.end))
+			continue;
 		range.start = mapping.start;
 		range.len = mapping.end - mapping.start;
-		/* Fails for kinds of mappings that cannot be registered. */
-		ioctl(engine.userfaultfd, UFFDIO_UNREGISTER, &range);
-		remove_cover(mapping.start, mapping.end);
+		had_neighbour = starts_mapping(mapping.end);
+		ioctl(engine.userfaultfd.fd, UFFDIO_UNREGISTER, &range);
+		/* If it grew meanwhile, then the rest is still registered. */
+		if (!had_neighbour && end == mapping.end && starts_mapping(end))
+			end++;
 	}
 }
 
@@ -624,27 +759,28 @@ static void find_idle(uint64_t start, uint64_t end)
 	}
 }
 
-/* Makes the kernel send events; harmless for what is registered already. */
-static int register_range(uint64_t start, uint64_t end)
-{
-	struct uffdio_register argument = {
-		.range.start = start,
-		.range.len = end - start,
-		.mode = UFFDIO_REGISTER_MODE_WP,
-	};
-
-	return ioctl(engine.userfaultfd, UFFDIO_REGISTER, &argument) ? -errno : 0;
-}
-
 /*
- * The same for a mapping that is new.  -EAGAIN if it has changed since it was
- * looked up, so that something else may have been registered.
+ * Registers a whole mapping.  -EAGAIN if it has changed since it was looked up, so
+ * that something else may have been registered.
  */
 static int register_mapping(const struct mapping *mapping)
 {
-	int error = register_range(mapping->start, mapping->end);
+	bool had_neighbour = starts_mapping(mapping->end);
 	struct mapping now;
+	int error;
 
+	remove_cover(mapping->start, mapping->end);
+	add_cover(mapping->start, mapping->end, false);
+	error = register_range(mapping->start, mapping->end);
+	if (!had_neighbour &&
+	    !mapping_at_or_behind(&engine.mappings, mapping->end, &now) &&
+	    now.start == mapping->end) {
+		/* If it grew meanwhile, it was split; this makes it one again. */
+		remove_cover(now.start, now.end);
+		add_cover(now.start, now.end, true);
+		register_range(now.start, now.end);
+		return -EAGAIN;
+	}
 	/*
 	 * If it went away and another like it came, then after it had been
 	 * registered: an event is on its way.
@@ -652,11 +788,7 @@ static int register_mapping(const struct mapping *mapping)
 	if (mapping_at_or_behind(&engine.mappings, mapping->start, &now) ||
 	    now.start != mapping->start || now.end != mapping->end)
 		return -EAGAIN;
-	if (error)
-		return error;
-	remove_cover(mapping->start, mapping->end);
-	add_cover(mapping->start, mapping->end, false);
-	return 0;
+	return error;
 }
 
 static int refuse(struct aioummu_refusal *refusal, uint64_t start, uint64_t end,
@@ -702,15 +834,16 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 			start = mapping.end;
 			continue;
 		}
-		/* One for the mapping, two for what is left of those below it. */
-		if (pool_reserve(&engine.cover_pool, 3 + IDLE_LIMIT))
+		if (pool_reserve(&engine.cover_pool, COVER_RESERVE))
 			return refuse(refusal, start, end, -ENOMEM);
 		error = register_mapping(&mapping);
-		if (error == -EAGAIN && ++attempts < ATTEMPTS)
+		if (!error) {
+			start = mapping.end;
 			continue;
-		if (error)
+		}
+		find_idle(mapping.start, mapping.end);
+		if (error != -EAGAIN || ++attempts == ATTEMPTS)
 			return refuse(refusal, mapping.start, mapping.end, error);
-		start = mapping.end;
 	}
 	return 0;
 }
@@ -723,9 +856,15 @@ static bool ring_is_empty(void)
 	       !atomic_load(&engine.overrun);
 }
 
+static void wake_thread(void)
+{
+	ring(&engine.wake);
+}
+
+/* Gives up the lock, but leaves nothing in the ring that nobody looks after. */
 static void let_go(void)
 {
-	do {
+	for (unsigned int pass = 0; pass < 2; pass++) {
 		pthread_mutex_unlock(&engine.lock);
 		/*
 		 * Either the thread sees that the lock is free, or it is seen
@@ -735,7 +874,10 @@ static void let_go(void)
 		if (ring_is_empty() || pthread_mutex_trylock(&engine.lock))
 			return;
 		empty_ring();
-	} while (true);
+	}
+	pthread_mutex_unlock(&engine.lock);
+	/* It applies everything before it reads more, and so slows the others. */
+	wake_thread();
 }
 
 /* A child that was forked behind the C library's back has a copy of everything. */
@@ -760,6 +902,8 @@ static int enter(void)
 		pthread_mutex_unlock(&engine.lock);
 		return -EBADF;
 	}
+	/* If that fails, some coverage may be forgotten. */
+	pool_reserve(&engine.cover_pool, COVER_RESERVE);
 	empty_ring();
 	return 0;
 }
@@ -864,7 +1008,7 @@ static bool read_event(void)
 	number = atomic_load_explicit(&engine.page->begun, memory_order_relaxed);
 	atomic_store(&engine.page->begun, number + 1);
 	/* From here on the thread that made the change may go on. */
-	length = read(engine.userfaultfd, &message, sizeof(message));
+	length = read(engine.userfaultfd.fd, &message, sizeof(message));
 	error = length < 0 ? errno : 0;
 	if (length == sizeof(message))
 		put_event(&message);
@@ -878,12 +1022,15 @@ static bool wait_for_event(void)
 	const struct timespec delay = { .tv_nsec = 1000000 };
 	const short broken = POLLERR | POLLHUP | POLLNVAL;
 	struct pollfd polled[] = {
-		{ .fd = engine.userfaultfd, .events = POLLIN },
-		{ .fd = engine.stop, .events = POLLIN },
+		{ .fd = engine.userfaultfd.fd, .events = POLLIN },
+		{ .fd = engine.wake.out.fd, .events = POLLIN },
 	};
 
-	if (poll(polled, 2, -1) >= 0)
+	if (poll(polled, 2, -1) >= 0) {
+		if (polled[1].revents & POLLIN)
+			quiet(&engine.wake);
 		return !((polled[0].revents | polled[1].revents) & broken);
+	}
 	/* A process can forbid it to itself: RLIMIT_NOFILE, a seccomp filter. */
 	nanosleep(&delay, NULL);
 	return true;
@@ -972,18 +1119,11 @@ void aioummu_probe(struct aioummu_support *support)
 		close(mappings.fd);
 }
 
-static void close_descriptor(int *fd)
-{
-	if (*fd >= 0)
-		close(*fd);
-	*fd = -1;
-}
-
 static void close_descriptors(void)
 {
-	close_descriptor(&engine.userfaultfd);
-	close_descriptor(&engine.mappings.fd);
-	close_descriptor(&engine.stop);
+	close_owned(&engine.userfaultfd);
+	close_owned(&engine.maps);
+	bell_close(&engine.wake);
 }
 
 /* All of it belongs to the parent.  No other thread is here. */
@@ -1011,23 +1151,24 @@ static int open_descriptors(void)
 	struct aioummu_support support;
 	bool through_device;
 	uint64_t features;
-	int error;
+	int fd, error;
 
 	aioummu_probe(&support);
 	if (support.error)
 		return support.error;
-	engine.userfaultfd = open_userfaultfd(&through_device);
-	if (engine.userfaultfd < 0)
-		return engine.userfaultfd;
+	fd = open_userfaultfd(&through_device);
+	if (fd < 0)
+		return fd;
+	own(&engine.userfaultfd, fd);
 	features = NEEDED_FEATURES | (support.features & WANTED_FEATURES);
-	error = negotiate(engine.userfaultfd, &features);
+	error = negotiate(engine.userfaultfd.fd, &features);
 	if (error)
 		return error;
 	error = mappings_open(&engine.mappings);
 	if (error)
 		return error;
-	engine.stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	return engine.stop < 0 ? -errno : 0;
+	own(&engine.maps, engine.mappings.fd);
+	return bell_open(&engine.wake);
 }
 
 /* With every signal blocked: a handler could unmap what the thread watches. */
@@ -1120,7 +1261,6 @@ static int start(void)
  */
 static void stop(void)
 {
-	const uint64_t one = 1;
 	bool done = false;
 
 	for (unsigned int i = 0; i < ATTEMPTS && !done; i++) {
@@ -1151,12 +1291,8 @@ static void stop(void)
 	engine.running = false;
 	pthread_mutex_unlock(&engine.lock);
 	atomic_store(&engine.stopping, true);
-	while (write(engine.stop, &one, sizeof(one)) < 0 && errno == EINTR)
-		;
+	wake_thread();
 	pthread_join(engine.thread, NULL);
-	/* The number may be another file's by now. */
-	if (atomic_load(&engine.dead))
-		engine.userfaultfd = -1;
 	release_resources();
 }
 
@@ -1176,10 +1312,14 @@ static int add_notifier(int doorbell[2])
 	error = pool_reserve(&engine.notifier_pool, 1);
 	if (error)
 		return error;
-	if (pipe2(doorbell, O_CLOEXEC | O_NONBLOCK))
-		return -errno;
 	notifier = pool_take(&engine.notifier_pool);
-	memcpy(notifier->doorbell, doorbell, sizeof(notifier->doorbell));
+	error = bell_open(&notifier->doorbell);
+	if (error) {
+		pool_give(&engine.notifier_pool, notifier);
+		return error;
+	}
+	doorbell[0] = notifier->doorbell.out.fd;
+	doorbell[1] = notifier->doorbell.in.fd;
 	TAILQ_INIT(&notifier->reports);
 	notifier->number.start = ++engine.last_number;
 	notifier->number.priority = random_priority();
@@ -1381,6 +1521,7 @@ int aioummu_generation(int number, uint64_t *generation)
 int aioummu_fence(void)
 {
 	struct uffdio_writeprotect nothing = { .mode = 0 };
+	uint64_t deadline = now() + FENCE_PATIENCE;
 
 	if (!engine.page)
 		return -EBADF;
@@ -1390,9 +1531,12 @@ int aioummu_fence(void)
 	 * EAGAIN as long as anybody who changes a registered mapping has not been
 	 * told that his event was read; otherwise EINVAL, as it protects nothing.
 	 */
-	for (unsigned int i = 0; ioctl(engine.userfaultfd, UFFDIO_WRITEPROTECT,
-				       &nothing) && errno == EAGAIN; i++)
-		back_off(i);
+	while (ioctl(engine.userfaultfd.fd, UFFDIO_WRITEPROTECT, &nothing) &&
+	       errno == EAGAIN) {
+		if (now() > deadline)
+			return -ETIMEDOUT;
+		sched_yield();
+	}
 	settle();
 	return 0;
 }
@@ -1419,8 +1563,7 @@ void aioummu_close(int number)
 			break;
 		if (!remove_some_regions(notifier)) {
 			ranges_remove(&engine.notifiers, &notifier->number);
-			close(notifier->doorbell[0]);
-			close(notifier->doorbell[1]);
+			bell_close(&notifier->doorbell);
 			pool_give(&engine.notifier_pool, notifier);
 			notifier = NULL;
 		}

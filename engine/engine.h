@@ -91,7 +91,10 @@ ssize_t aioummu_read(int notifier, void *buffer, size_t size);
 /* The number of invalidations of any of its regions; returned in @generation. */
 int aioummu_generation(int notifier, uint64_t *generation);
 
-/* Returns when every change that is under way now has been counted. */
+/*
+ * Returns when every change that is under way now has been counted, or -ETIMEDOUT
+ * if others changed something without a pause for 50 milliseconds.
+ */
 int aioummu_fence(void);
 
 /* Also harmless for a number that is closed already. */

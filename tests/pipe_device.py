@@ -98,8 +98,9 @@ class PipeDevice:
     def rearm(self, cookie: int) -> None:
         self.spent_cookies.discard(cookie)
 
-    def fence(self) -> None:
+    def fence(self) -> bool:
         self.fences += 1
+        return self.fences < 2
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         self.reads += 1

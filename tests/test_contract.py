@@ -294,7 +294,7 @@ def test_a_region_with_nothing_there_stays_spent(
 
 
 def test_a_fence_lets_pass_when_nobody_changes_anything(notifier: Notifier) -> None:
-    notifier.fence()
+    assert notifier.fence()
     assert not notifier.changed
 
 

@@ -321,12 +321,12 @@ async def test_while_nothing_stirs_nothing_is_asked() -> None:
 async def test_a_fence_is_that_of_the_device(
     device: PipeDevice, notifier: Notifier
 ) -> None:
-    notifier.fence()
-    assert device.fences == 1
+    assert [notifier.fence(), notifier.fence()] == [True, False]
+    assert device.fences == 2
     notifier.close()
     with pytest.raises(aioummu.ClosedError):
         notifier.fence()
-    assert device.fences == 1
+    assert device.fences == 2
 
 
 async def test_open_notifier_closes_what_it_was_given(device: PipeDevice) -> None:
