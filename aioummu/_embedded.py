@@ -359,8 +359,12 @@ def _check_interpreter() -> None:
 
 
 def _start_error(code: int) -> DeviceError:
-    support = probe()
-    code = support.error or code
+    refused = probe().error
+    if not refused:
+        return DeviceError(
+            code, f"the embedded backend cannot start: {os.strerror(code)}"
+        )
+    code = refused
     release = os.uname().release
     if code == errno.ENOSYS:
         return UnsupportedKernelError(

@@ -83,7 +83,9 @@
 #define FENCE_PATIENCE	50000000
 #define FIRST_CHUNK	(64u << 10)
 #define CHUNKS		32
-#define STACK_SIZE	(1u << 20)
+/* Of the thread's stack, in which its thread-local storage lies as well. */
+#define SMALLEST_STACK	(1u << 20)
+#define LARGEST_STACK	(1u << 30)
 
 enum change_kind {
 	CHANGE_DROPS_PAGES,
@@ -242,9 +244,11 @@ struct page {
  * @wake:	has the thread look around
  * @thread:	the thread
  * @stack:	its stack
+ * @stack_size:	in bytes
  * @page:	see there
  * @finished:	reads of the userfaultfd that are over and in the ring
  * @stopping:	the thread is to end
+ * @ended:	the thread does not use the userfaultfd any more
  * @dead:	the thread has ended because the userfaultfd broke
  * @ring:	changes from the thread to the holder of the lock
  * @ring_in:	changes put there so far
@@ -278,9 +282,11 @@ static struct engine {
 	struct bell		wake;
 	pthread_t		thread;
 	void			*stack;
-	struct page		*page;
+	size_t			stack_size;
+	struct page *_Atomic	page;
 	_Atomic uint64_t	finished;
 	atomic_bool		stopping;
+	atomic_bool		ended;
 	atomic_bool		dead;
 	struct change		ring[AIOUMMU_RING_SIZE];
 	_Atomic uint32_t	ring_in;
@@ -530,7 +536,8 @@ static void back_off(unsigned int attempt)
 /* Waits until everything that was read before this call is in the ring. */
 static void settle(void)
 {
-	uint64_t begun = atomic_load(&engine.page->begun);
+	struct page *page = atomic_load(&engine.page);
+	uint64_t begun = atomic_load(&page->begun);
 
 	for (unsigned int i = 0; atomic_load(&engine.finished) < begun; i++) {
 		if (i >= 100)
@@ -539,6 +546,19 @@ static void settle(void)
 		__builtin_ia32_pause();
 #endif
 	}
+}
+
+/*
+ * Whether anybody who changes a registered mapping has not been told yet that his
+ * event was read.  Then this gives EAGAIN, and otherwise EINVAL, as it protects
+ * nothing.
+ */
+static bool is_anything_under_way(void)
+{
+	struct uffdio_writeprotect nothing = { .mode = 0 };
+
+	return ioctl(engine.userfaultfd.fd, UFFDIO_WRITEPROTECT, &nothing) &&
+	       errno == EAGAIN;
 }
 
 /* --------------------------------------------------------------- coverage --- */
@@ -629,12 +649,13 @@ static void apply(struct change *change)
 		ranges_visit(engine.regions, change->start, change->end, hit,
 			     change);
 	}
-	if (change->kind == CHANGE_DROPS_PAGES)
-		return;
-	if (length)
+	if (change->kind == CHANGE_UNMAPS) {
 		remove_cover(change->start, change->end);
-	if (change->kind == CHANGE_MOVES) {
-		/* Which may be longer now; it is looked up when it is released. */
+	} else if (change->kind == CHANGE_MOVES) {
+		/*
+		 * Which may be longer now; it is looked up when it is released.
+		 * An unmapping of the source follows, unless it is kept.
+		 */
 		uint64_t end = change->target + (length ? length : 1);
 
 		remove_cover(change->target, end);
@@ -883,7 +904,9 @@ static void let_go(void)
 /* A child that was forked behind the C library's back has a copy of everything. */
 static bool is_copy(void)
 {
-	return engine.page && !atomic_load(&engine.page->owned);
+	struct page *page = atomic_load(&engine.page);
+
+	return page && !atomic_load(&page->owned);
 }
 
 /*
@@ -892,7 +915,7 @@ static bool is_copy(void)
  */
 static int enter(void)
 {
-	if (!engine.page)
+	if (!atomic_load(&engine.page))
 		return -EBADF;
 	if (is_copy())
 		return -EOWNERDEAD;
@@ -1000,13 +1023,14 @@ static void put_event(const struct uffd_msg *message)
 /* Reads one event, if there is one; returns false if there never will be. */
 static bool read_event(void)
 {
+	struct page *page = atomic_load(&engine.page);
 	struct uffd_msg message;
 	uint64_t number;
 	ssize_t length;
 	int error;
 
-	number = atomic_load_explicit(&engine.page->begun, memory_order_relaxed);
-	atomic_store(&engine.page->begun, number + 1);
+	number = atomic_load_explicit(&page->begun, memory_order_relaxed);
+	atomic_store(&page->begun, number + 1);
 	/* From here on the thread that made the change may go on. */
 	length = read(engine.userfaultfd.fd, &message, sizeof(message));
 	error = length < 0 ? errno : 0;
@@ -1055,6 +1079,7 @@ static void *run(void *unused)
 			let_go();
 		}
 	}
+	atomic_store(&engine.ended, true);
 	return NULL;
 }
 
@@ -1126,22 +1151,34 @@ static void close_descriptors(void)
 	bell_close(&engine.wake);
 }
 
+static void free_stack(void)
+{
+	if (engine.stack)
+		munmap(engine.stack, engine.stack_size);
+	engine.stack = NULL;
+}
+
+static void release_resources(void)
+{
+	close_descriptors();
+	reset_pools();
+	free_stack();
+}
+
 /* All of it belongs to the parent.  No other thread is here. */
 static void after_fork_in_child(void)
 {
-	if (!engine.page)
+	struct page *page = atomic_load(&engine.page);
+
+	if (!page)
 		return;
-	close_descriptors();
-	reset_pools();
-	if (engine.stack)
-		munmap(engine.stack, STACK_SIZE);
-	engine.stack = NULL;
+	release_resources();
 	engine.running = false;
 	engine.regions = NULL;
 	engine.notifiers = NULL;
 	engine.coverage = NULL;
 	atomic_store(&engine.finished, 0);
-	atomic_store(&engine.page->owned, 1);
+	atomic_store(&page->owned, 1);
 	engine.lifecycle = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 	engine.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 }
@@ -1172,20 +1209,21 @@ static int open_descriptors(void)
 }
 
 /* With every signal blocked: a handler could unmap what the thread watches. */
-static int start_thread(void)
+static int start_thread_on(size_t stack_size)
 {
 	sigset_t all, before;
 	pthread_attr_t attributes;
 	int error;
 
 	/* Glibc gives memory of its own stacks back when a thread ends. */
-	engine.stack = map_memory(STACK_SIZE);
+	engine.stack = map_memory(stack_size);
 	if (!engine.stack)
 		return -ENOMEM;
+	engine.stack_size = stack_size;
 	error = pthread_attr_init(&attributes);
 	if (error)
 		return -error;
-	error = pthread_attr_setstack(&attributes, engine.stack, STACK_SIZE);
+	error = pthread_attr_setstack(&attributes, engine.stack, stack_size);
 	if (!error) {
 		sigfillset(&all);
 		pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -1196,11 +1234,25 @@ static int start_thread(void)
 	return -error;
 }
 
+static int start_thread(void)
+{
+	size_t stack_size = SMALLEST_STACK;
+	int error;
+
+	/* EINVAL: the thread-local storage of all libraries does not fit. */
+	while ((error = start_thread_on(stack_size)) == -EINVAL &&
+	       stack_size < LARGEST_STACK) {
+		free_stack();
+		stack_size *= 2;
+	}
+	return error;
+}
+
 static int prepare_once(void)
 {
 	struct page *page;
 
-	if (engine.page)
+	if (atomic_load(&engine.page))
 		return 0;
 	page = map_memory(sizeof(*page));
 	if (!page)
@@ -1210,17 +1262,8 @@ static int prepare_once(void)
 		return -ENOMEM;
 	}
 	atomic_store(&page->owned, 1);
-	engine.page = page;
+	atomic_store(&engine.page, page);
 	return 0;
-}
-
-static void release_resources(void)
-{
-	close_descriptors();
-	reset_pools();
-	if (engine.stack)
-		munmap(engine.stack, STACK_SIZE);
-	engine.stack = NULL;
 }
 
 /* Under engine.lifecycle. */
@@ -1237,6 +1280,7 @@ static int start(void)
 	engine.forgotten_end = 0;
 	engine.random = 2463534242;
 	atomic_store(&engine.stopping, false);
+	atomic_store(&engine.ended, false);
 	atomic_store(&engine.dead, false);
 	atomic_store(&engine.overrun, false);
 	atomic_store(&engine.ring_out, atomic_load(&engine.ring_in));
@@ -1292,6 +1336,10 @@ static void stop(void)
 	pthread_mutex_unlock(&engine.lock);
 	atomic_store(&engine.stopping, true);
 	wake_thread();
+	for (unsigned int i = 0; !atomic_load(&engine.ended); i++)
+		back_off(i);
+	/* First: who joins a thread frees memory, and nobody reads any more. */
+	close_owned(&engine.userfaultfd);
 	pthread_join(engine.thread, NULL);
 	release_resources();
 }
@@ -1300,7 +1348,7 @@ static void stop(void)
 
 const uint64_t *aioummu_activity(void)
 {
-	return (const uint64_t *)&engine.page->begun;
+	return (const uint64_t *)&atomic_load(&engine.page)->begun;
 }
 
 /* Under both locks. */
@@ -1520,25 +1568,22 @@ int aioummu_generation(int number, uint64_t *generation)
 
 int aioummu_fence(void)
 {
-	struct uffdio_writeprotect nothing = { .mode = 0 };
 	uint64_t deadline = now() + FENCE_PATIENCE;
+	bool is_busy;
+	int error;
 
-	if (!engine.page)
-		return -EBADF;
-	if (is_copy())
-		return -EOWNERDEAD;
-	/*
-	 * EAGAIN as long as anybody who changes a registered mapping has not been
-	 * told that his event was read; otherwise EINVAL, as it protects nothing.
-	 */
-	while (ioctl(engine.userfaultfd.fd, UFFDIO_WRITEPROTECT, &nothing) &&
-	       errno == EAGAIN) {
+	for (;;) {
+		error = enter();
+		if (error)
+			return error;
+		is_busy = is_anything_under_way();
+		let_go();
+		if (!is_busy)
+			return 0;
 		if (now() > deadline)
 			return -ETIMEDOUT;
 		sched_yield();
 	}
-	settle();
-	return 0;
 }
 
 /* Takes some regions away; returns whether there are more. */

@@ -5,7 +5,8 @@
  * There is one engine in a process; it runs while a notifier is open.  Functions
  * return a negative errno on failure.  All of them may be called by any thread,
  * but not by signal handlers.  They may wait for each other, never for anybody
- * who changes mappings: it does not matter what locks their callers hold.
+ * who changes mappings: it does not matter what locks their callers hold.  A thread
+ * must not be cancelled in here: it could hold the lock.
  *
  * engine.c says how it works and why it cannot hang the threads that it watches.
  */
