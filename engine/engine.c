@@ -1060,6 +1060,16 @@ static bool wait_for_event(void)
 	return true;
 }
 
+/* Somebody has closed the descriptors, for example: nothing is known any more. */
+static void give_up(void)
+{
+	struct page *page = atomic_load(&engine.page);
+
+	atomic_store(&engine.dead, true);
+	atomic_store(&engine.overrun, true);
+	atomic_store(&engine.finished, atomic_fetch_add(&page->begun, 1) + 1);
+}
+
 static void *run(void *unused)
 {
 	bool works = true;
@@ -1068,11 +1078,8 @@ static void *run(void *unused)
 	pthread_setname_np(pthread_self(), "aioummu");
 	while (works && !atomic_load(&engine.stopping)) {
 		works = wait_for_event() && read_event();
-		if (!works) {
-			/* Somebody has closed them, for example. */
-			atomic_store(&engine.overrun, true);
-			atomic_store(&engine.dead, true);
-		}
+		if (!works)
+			give_up();
 		atomic_fetch_add(&engine.handover, 1);
 		if (!ring_is_empty() && !pthread_mutex_trylock(&engine.lock)) {
 			empty_ring();
