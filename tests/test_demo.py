@@ -84,8 +84,8 @@ def reported_by(backend: str) -> int:
 
 def lines_on_embedded(step: Any) -> list[str]:  # noqa: ANN401
     """Patterns of what is told of a change."""
-    report = step.embedded
-    if step.driver is None:
+    report = step.expected("embedded")
+    if step.report is None:
         return ["= nothing reported, and rightly so", ".*"]
     if report is None:
         return ["= not reported by the embedded backend .*", "Untold: .*"]
@@ -122,7 +122,7 @@ def test_every_change_is_told_on_the_driver() -> None:
     parts = told(finished.stdout)
     for heading, step in steps():
         # The kernel may do more to the memory than it was asked to.
-        if step.driver is not None:
+        if step.report is not None:
             assert any(line.startswith("= reported") for line in parts[heading])
     backend, events, missed = counts(finished.stdout)
     assert (backend, missed) == ("driver", 0)
