@@ -197,11 +197,13 @@ def diagnose(facts: Facts) -> Report:
     return Report(facts, (_driver(facts), _embedded(facts)), choice)
 
 
-def _finding(backend: str, summary: str, explanation: _Explanation) -> Finding:
+def _finding(
+    backend: str, summary: str, explanation: _Explanation = (), *, works: bool = False
+) -> Finding:
     parts = list(explanation)
     return Finding(
         backend,
-        summary.startswith("works"),
+        works,
         summary,
         tuple(part for part in parts if isinstance(part, str)),
         tuple(part for part in parts if isinstance(part, Advice)),
@@ -225,7 +227,7 @@ def _broken(backend: str, trial: Trial, explanation: _Explanation = ()) -> Findi
 def _driver(facts: Facts) -> Finding:
     trial = facts.driver
     if trial.works:
-        return _finding("driver", "works (munmap of a page reported)", [])
+        return _finding("driver", "works (munmap of a page reported)", works=True)
     if trial.step != "open":
         return _broken("driver", trial)
     match trial.error:
@@ -432,7 +434,8 @@ def _working_embedded(facts: Facts) -> Finding:
             "this kernel has no PROCMAP_QUERY (Linux 6.11): registering takes longer "
             "in a process with many mappings"
         )
-    return _finding("embedded", f"works (munmap of a page reported; {files})", notes)
+    summary = f"works (munmap of a page reported; {files})"
+    return _finding("embedded", summary, notes, works=True)
 
 
 def _why_busy() -> _Explanation:
@@ -660,15 +663,15 @@ def collect(
         seccomp=_number(r"(?m)^Seccomp:\s*(\d+)", _text(proc / "self/status")),
         driver=driver.trial,
         device=_node(root, DEFAULT_PATH),
-        driver_loaded=(sys / "module/ummunotify").exists(),
+        driver_loaded=_exists(sys / "module/ummunotify"),
         driver_installed=any(
             re.search(r"(?m)^(.*/)?ummunotify\.ko\b", _text(modules / name))
             for name in ("modules.dep", "modules.builtin")
         ),
-        driver_in_dkms=(root / "var/lib/dkms/ummunotify").exists(),
-        headers=(modules / "build/Makefile").exists(),
+        driver_in_dkms=_exists(root / "var/lib/dkms/ummunotify"),
+        headers=_exists(modules / "build/Makefile"),
         loadable_modules=(
-            (proc / "modules").exists() if (proc / "self").exists() else None
+            _exists(proc / "modules") if _exists(proc / "self") else None
         ),
         modules_disabled=_text(proc / "sys/kernel/modules_disabled").strip() == "1",
         lockdown="".join(
@@ -687,6 +690,14 @@ def collect(
         ),
         procmap_query=_has_procmap_query(proc / "self/maps"),
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
 
 
 def _text(path: Path) -> str:
@@ -742,7 +753,7 @@ def _node(root: Path, path: str) -> Node:
 
 def _container(root: Path, environment: Mapping[str, str]) -> str:
     for path in ("run/.containerenv", ".dockerenv"):
-        if (root / path).exists():
+        if _exists(root / path):
             return f"/{path} exists"
     manager = _text(root / "run/systemd/container").strip()
     if manager:

@@ -82,6 +82,7 @@ class Sandbox:
 
     def enter(self) -> None:
         """Change this process for good."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if not self.proc or self.device:
             _checked(_libc.unshare(_CLONE_NEWNS))
             _mount(None, b"/", _MS_REC_PRIVATE)

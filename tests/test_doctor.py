@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import mmap
 import os
+import resource
 import signal
 import stat
 import struct
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 no_driver = pytest.mark.skipif(
     Path(aioummu.DEFAULT_PATH).exists(), reason="the driver is loaded"
 )
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+seccomp = pytest.mark.skipif(not SYSTEM_CALL, reason="unknown architecture")
 
 # Made-up facts.
 
@@ -814,6 +817,22 @@ def test_a_container_says_so_in_the_environment(root: Path, name: str) -> None:
     assert collect(root, **{name: "x"}).container == f"${name} is set"
 
 
+@as_root
+def test_what_is_closed_to_this_user_is_not_there(root: Path) -> None:
+    put(root, "var/lib/dkms/ummunotify/0.1.0/source")
+    assert collect(root).driver_in_dkms
+    root.chmod(0o700)
+    facts = Sandbox(user=NOBODY).run(
+        "from pathlib import Path\n"
+        "from aioummu import _doctor\n"
+        "_doctor.version()\n"
+        "enter()\n"
+        f"facts = _doctor.collect(Path({str(root)!r}), {{}})\n"
+        "print(facts.driver_in_dkms, facts.embedded.works)\n"
+    )
+    assert (facts.stdout, facts.stderr) == ("False True\n", "")
+
+
 def test_a_node_is_described(root: Path) -> None:
     put(root, "dev/ummunotify")
     (root / "dev/ummunotify").chmod(0o640)
@@ -916,7 +935,7 @@ def owned_page() -> Iterator[mmap.mmap]:
 
 
 @pytest.mark.embedded
-@pytest.mark.skipif(not SYSTEM_CALL, reason="unknown architecture")
+@seccomp
 def test_a_page_of_another_userfaultfd_is_refused(owned_page: mmap.mmap) -> None:
     trial = _doctor.try_device(aioummu.EmbeddedDevice, owned_page)
     assert (trial.step, trial.error, trial.code) == (
@@ -948,6 +967,7 @@ def test_a_trial_that_hangs_is_told() -> None:
 
 def test_a_trial_that_is_killed_is_told() -> None:
     def die() -> Trials:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.kill(os.getpid(), signal.SIGSYS)
         return Trials(WORKS)
 
@@ -1095,9 +1115,6 @@ _doctor.version()  # for what it imports only then
 enter()
 sys.exit(__main__.main(["doctor"]))
 """
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
-seccomp = pytest.mark.skipif(not SYSTEM_CALL, reason="unknown architecture")
 
 
 def doctor_in(sandbox: Sandbox) -> tuple[int, str]:
