@@ -677,7 +677,7 @@ def collect(
         lockdown="".join(
             re.findall(r"\[(\w+)\]", _text(sys / "kernel/security/lockdown"))
         ),
-        secure_boot=_secure_boot(sys / "firmware/efi/efivars"),
+        secure_boot=_secure_boot(sys / _SECURE_BOOT),
         signatures_enforced=(
             _text(sys / "module/module/parameters/sig_enforce").strip() == "Y"
         ),
@@ -766,14 +766,16 @@ def _container(root: Path, environment: Mapping[str, str]) -> str:
     return f"/proc/self/cgroup has {match[1]}" if match else ""
 
 
-def _secure_boot(variables: Path) -> bool:
-    for path in variables.glob("SecureBoot-*"):
-        try:
-            # Four bytes of attributes, then the value.
-            return path.read_bytes()[4:] == b"\1"
-        except OSError:
-            pass
-    return False
+# Named after the EFI_GLOBAL_VARIABLE of the UEFI specification.
+_SECURE_BOOT = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+
+
+def _secure_boot(path: Path) -> bool:
+    try:
+        # Four bytes of attributes, then the value.
+        return path.read_bytes()[4:] == b"\1"
+    except OSError:
+        return False
 
 
 # PROCMAP_QUERY of linux/fs.h: for the first mapping or one behind address 0.
