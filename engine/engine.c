@@ -78,7 +78,9 @@
 /* Regions that close() takes away before it lets others have the lock. */
 #define CLOSE_BATCH	256
 /* How often to try what others' changes of the same mappings can spoil. */
-#define ATTEMPTS	1000
+#define ATTEMPTS	100
+/* Milliseconds after which the thread looks whether its descriptors are its own. */
+#define POLL_TIMEOUT	1000
 /* Nanoseconds for which a fence waits for a moment without any change. */
 #define FENCE_PATIENCE	50000000
 #define FIRST_CHUNK	(64u << 10)
@@ -179,11 +181,14 @@ struct notifier {
 /**
  * struct cover - a mapping that was registered with the userfaultfd
  * @range:	in engine.coverage
+ * @certain:	it was a whole mapping, of which no event has taken a part; it can
+ *		have changed without one, and before its event
  * @idle:	it is among engine.idle
  * @link:	there
  */
 struct cover {
 	struct range		range;
+	bool			certain;
 	bool			idle;
 	TAILQ_ENTRY(cover)	link;
 };
@@ -243,8 +248,8 @@ struct page {
  * @random:	the last random number
  * @wake:	has the thread look around
  * @thread:	the thread
- * @stack:	its stack
- * @stack_size:	in bytes
+ * @stack:	its stack, between two inaccessible pages
+ * @stack_size:	in bytes, with them
  * @page:	see there
  * @finished:	reads of the userfaultfd that are over and in the ring
  * @stopping:	the thread is to end
@@ -596,7 +601,7 @@ static void enter_idle(struct cover *cover)
 }
 
 /* Nothing overlaps it.  If there is no room, it is forgotten. */
-static void add_cover(uint64_t start, uint64_t end, bool idle)
+static void add_cover(uint64_t start, uint64_t end, bool certain, bool idle)
 {
 	struct cover *cover = pool_take(&engine.cover_pool);
 
@@ -607,6 +612,7 @@ static void add_cover(uint64_t start, uint64_t end, bool idle)
 	cover->range.start = start;
 	cover->range.end = end;
 	cover->range.priority = random_priority();
+	cover->certain = certain;
 	ranges_insert(&engine.coverage, &cover->range);
 	if (idle)
 		enter_idle(cover);
@@ -631,10 +637,29 @@ static void remove_cover(uint64_t start, uint64_t end)
 		leave_idle(cover);
 		pool_give(&engine.cover_pool, cover);
 		if (old.range.start < start)
-			add_cover(old.range.start, start, old.idle);
+			add_cover(old.range.start, start, old.certain, old.idle);
 		if (old.range.end > end)
-			add_cover(end, old.range.end, old.idle);
+			add_cover(end, old.range.end, old.certain, old.idle);
 	}
+}
+
+/*
+ * What was mapped in this range has gone, and nobody knows whether what is mapped
+ * there now is registered: the event may be older than that.  So it is released in
+ * its turn, and not relied on.
+ */
+static void doubt_cover(uint64_t start, uint64_t end)
+{
+	struct mapping mapping;
+
+	if (!find_cover(start, end))
+		return;
+	remove_cover(start, end);
+	if (engine.mappings.indexed &&
+	    (mapping_at_or_behind(&engine.mappings, start, &mapping) ||
+	     mapping.start >= end))
+		return;
+	add_cover(start, end, false, true);
 }
 
 /* ---------------------------------------------------------------- changes --- */
@@ -650,7 +675,7 @@ static void apply(struct change *change)
 			     change);
 	}
 	if (change->kind == CHANGE_UNMAPS) {
-		remove_cover(change->start, change->end);
+		doubt_cover(change->start, change->end);
 	} else if (change->kind == CHANGE_MOVES) {
 		/*
 		 * Which may be longer now; it is looked up when it is released.
@@ -659,7 +684,7 @@ static void apply(struct change *change)
 		uint64_t end = change->target + (length ? length : 1);
 
 		remove_cover(change->target, end);
-		add_cover(change->target, end, true);
+		add_cover(change->target, end, false, true);
 	}
 }
 
@@ -668,6 +693,7 @@ static void invalidate_everything(void)
 {
 	struct change change = { CHANGE_UNMAPS, 0, UINT64_MAX, 0 };
 
+	remove_cover(0, UINT64_MAX);
 	apply(&change);
 	/* It was not one change, which each report now says it was. */
 	ranges_visit(engine.regions, 0, UINT64_MAX, hit, &change);
@@ -741,9 +767,12 @@ static void unregister_mappings(uint64_t start, uint64_t end)
 		    mapping.start >= end)
 			break;
 		start = mapping.end;
-		if (is_wanted(mapping.start, mapping.end))
-			continue;
 		remove_cover(mapping.start, mapping.end);
+		if (is_wanted(mapping.start, mapping.end)) {
+			/* It has become one with a mapping that stays. */
+			add_cover(mapping.start, mapping.end, true, false);
+			continue;
+		}
 		/*
 		 * Fails for what is another userfaultfd's: that has to stay, and
 		 * before Linux 6.15 unregistering did not look whose it is.
@@ -758,6 +787,15 @@ static void unregister_mappings(uint64_t start, uint64_t end)
 		if (!had_neighbour && end == mapping.end && starts_mapping(end))
 			end++;
 	}
+}
+
+static void release_cover(const struct cover *cover)
+{
+	uint64_t start = cover->range.start, end = cover->range.end;
+
+	/* It may be in no mapping at all any more. */
+	remove_cover(start, end);
+	unregister_mappings(start, end);
 }
 
 /* What a region leaves behind: a mapping that the next one is likely to be in. */
@@ -776,7 +814,7 @@ static void find_idle(uint64_t start, uint64_t end)
 		cover = TAILQ_FIRST(&engine.idle);
 		leave_idle(cover);
 		if (!is_wanted(cover->range.start, cover->range.end))
-			unregister_mappings(cover->range.start, cover->range.end);
+			release_cover(cover);
 	}
 }
 
@@ -791,14 +829,14 @@ static int register_mapping(const struct mapping *mapping)
 	int error;
 
 	remove_cover(mapping->start, mapping->end);
-	add_cover(mapping->start, mapping->end, false);
+	add_cover(mapping->start, mapping->end, true, false);
 	error = register_range(mapping->start, mapping->end);
 	if (!had_neighbour &&
 	    !mapping_at_or_behind(&engine.mappings, mapping->end, &now) &&
 	    now.start == mapping->end) {
 		/* If it grew meanwhile, it was split; this makes it one again. */
 		remove_cover(now.start, now.end);
-		add_cover(now.start, now.end, true);
+		add_cover(now.start, now.end, true, true);
 		register_range(now.start, now.end);
 		return -EAGAIN;
 	}
@@ -837,7 +875,7 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 		int error;
 
 		/* Without an index, looking it up would cost far more than this. */
-		if (known && !engine.mappings.indexed &&
+		if (known && known->certain && !engine.mappings.indexed &&
 		    !register_range(known->range.start, known->range.end)) {
 			start = known->range.end;
 			continue;
@@ -1050,14 +1088,19 @@ static bool wait_for_event(void)
 		{ .fd = engine.wake.out.fd, .events = POLLIN },
 	};
 
-	if (poll(polled, 2, -1) >= 0) {
+	switch (poll(polled, 2, POLL_TIMEOUT)) {
+	case -1:
+		/* A process can forbid it to itself: RLIMIT_NOFILE, seccomp. */
+		nanosleep(&delay, NULL);
+		return true;
+	case 0:
+		/* If not, then nothing would ever wake it. */
+		return is_owned(&engine.userfaultfd) && is_owned(&engine.wake.out);
+	default:
 		if (polled[1].revents & POLLIN)
 			quiet(&engine.wake);
 		return !((polled[0].revents | polled[1].revents) & broken);
 	}
-	/* A process can forbid it to itself: RLIMIT_NOFILE, a seccomp filter. */
-	nanosleep(&delay, NULL);
-	return true;
 }
 
 /* Somebody has closed the descriptors, for example: nothing is known any more. */
@@ -1165,6 +1208,26 @@ static void free_stack(void)
 	engine.stack = NULL;
 }
 
+/*
+ * The inaccessible pages at its ends keep it apart from mappings that others have
+ * watched.  It is not wiped in children: fork() of glibc looks into it there.
+ */
+static int map_stack(size_t size)
+{
+	const size_t page = sysconf(_SC_PAGESIZE);
+	void *stack;
+
+	stack = mmap(NULL, size + 2 * page, PROT_NONE,
+		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (stack == MAP_FAILED)
+		return -ENOMEM;
+	engine.stack = stack;
+	engine.stack_size = size + 2 * page;
+	if (mprotect((char *)stack + page, size, PROT_READ | PROT_WRITE))
+		return -errno;
+	return 0;
+}
+
 static void release_resources(void)
 {
 	close_descriptors();
@@ -1223,14 +1286,15 @@ static int start_thread_on(size_t stack_size)
 	int error;
 
 	/* Glibc gives memory of its own stacks back when a thread ends. */
-	engine.stack = map_memory(stack_size);
-	if (!engine.stack)
-		return -ENOMEM;
-	engine.stack_size = stack_size;
+	error = map_stack(stack_size);
+	if (error)
+		return error;
 	error = pthread_attr_init(&attributes);
 	if (error)
 		return -error;
-	error = pthread_attr_setstack(&attributes, engine.stack, stack_size);
+	error = pthread_attr_setstack(&attributes,
+				      (char *)engine.stack + sysconf(_SC_PAGESIZE),
+				      stack_size);
 	if (!error) {
 		sigfillset(&all);
 		pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -1321,14 +1385,8 @@ static void stop(void)
 		empty_ring();
 		unregister_mappings(engine.forgotten_start, engine.forgotten_end);
 		engine.forgotten_start = engine.forgotten_end;
-		while (engine.coverage) {
-			struct range *range = ranges_overlapping(
-				engine.coverage, 0, UINT64_MAX);
-			uint64_t start = range->start, end = range->end;
-
-			unregister_mappings(start, end);
-			remove_cover(start, end);
-		}
+		while (engine.coverage)
+			release_cover(find_cover(0, UINT64_MAX));
 		let_go();
 		/* Then, a mapping may have been moved at that very moment. */
 		aioummu_fence();
