@@ -30,7 +30,7 @@ mutant()
 		echo "not ok $total - $name: does not apply any more"
 		return
 	fi
-	if ! make --silent BUILD="$copy" ENGINE="$copy" CFLAGS="-O2 -Wno-error" \
+	if ! make --silent BUILD="$copy" ENGINE="$copy" WERROR= CFLAGS=-O2 \
 		"$copy/$test" 2> "$copy/log"; then
 		echo "not ok $total - $name: does not compile"
 		return

@@ -11,13 +11,16 @@ static unsigned int count(uint64_t start, uint64_t end, char *lines, size_t size
 {
 	FILE *file = fopen("/proc/self/smaps", "re");
 	char line[512], head[512] = "";
-	uint64_t from = 0, to = 0;
+	uint64_t from = 0, to = 0, first, second;
 	unsigned int found = 0;
 
 	if (!file)
 		abort();
 	while (fgets(line, sizeof(line), file)) {
-		if (sscanf(line, "%" SCNx64 "-%" SCNx64 " ", &from, &to) == 2) {
+		/* Other lines begin with a word, which can begin with digits. */
+		if (sscanf(line, "%" SCNx64 "-%" SCNx64, &first, &second) == 2) {
+			from = first;
+			to = second;
 			strcpy(head, line);
 			continue;
 		}
