@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 #
 # make test           all checks and tests, the guests' on Linux 6.1 and 6.12 too
-# make demo           watch buffers come and go, on a real kernel in a guest
+# make demo           watch buffers come and go; GUEST=1: on the driver, in a guest
 # make bench          what the driver costs, and what the library does
 # make test-kernels   the guest tests on every kernel from 5.10 to the newest
 #
@@ -16,7 +16,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-GUEST := $(BIN)/python tools/guest.py
+HARNESS := $(BIN)/python tools/guest.py
 KERNELS := 6.1 6.12
 ALL_KERNELS := 5.10 6.1 6.12 newest
 CHECK_KERNEL := 6.12
@@ -27,6 +27,10 @@ marks = $(if $(filter 5.10,$1),device,device or embedded)
 # the selftests for 32 bits and in C++.
 PACKAGES := python3-dev python3-venv sparse gcc-multilib g++
 
+# What the extension modules are made of.
+EXTENSIONS := $(wildcard aioummu/*_build.py engine/*.[ch]) \
+	kmod/include/uapi/linux/ummunotify.h
+
 SYSTEM := .cache/system.stamp
 INSTALLED := $(VENV)/installed.stamp
 CHECKPATCH := .cache/checkpatch/checkpatch.pl
@@ -35,7 +39,7 @@ CHECKPATCH := .cache/checkpatch/checkpatch.pl
 help:
 	@sed -n 's/^# \{0,1\}//; 3,10p' $(firstword $(MAKEFILE_LIST))
 
-test: check test-host test-guest
+test: check test-host test-engine test-guest
 	@echo "make test: everything passed"
 
 check: lint check-kmod
@@ -48,9 +52,9 @@ lint: $(INSTALLED)
 
 check-kmod: $(INSTALLED) $(CHECKPATCH)
 	@echo "== driver: W=1 on $(KERNELS), sparse, checkpatch --strict"
-	for kernel in $(KERNELS); do $(GUEST) build $$kernel --strict; done
+	for kernel in $(KERNELS); do $(HARNESS) build $$kernel --strict; done
 	rm -rf .cache/sparse && mkdir -p .cache && cp -r kmod .cache/sparse
-	kdir=$$($(GUEST) kdir $(CHECK_KERNEL)) && \
+	kdir=$$($(HARNESS) kdir $(CHECK_KERNEL)) && \
 		$(MAKE) -C .cache/sparse sparse KDIR="$$kdir" 2>&1 | tee .cache/sparse/log
 	! grep -iE 'warning:|error:' .cache/sparse/log
 	$(MAKE) -C kmod checkpatch CHECKPATCH=$(CURDIR)/$(CHECKPATCH)
@@ -59,6 +63,13 @@ test-host: $(INSTALLED)
 	@echo "== tests on this machine"
 	$(BIN)/python -m pytest
 
+# The engine under both sanitizers, and are broken ones noticed?
+test-engine: $(INSTALLED)
+	@echo "== the embedded engine: sanitizers, mutants"
+	$(MAKE) -C engine/tests tsan
+	$(MAKE) -C engine/tests asan
+	$(MAKE) -C engine/tests mutants
+
 test-guest: $(addprefix test-guest-,$(KERNELS)) test-mutants
 
 test-kernels: $(addprefix test-guest-,$(ALL_KERNELS))
@@ -66,24 +77,39 @@ test-kernels: $(addprefix test-guest-,$(ALL_KERNELS))
 test-guest-%: $(INSTALLED)
 	@echo "== Linux $*: the driver's selftests"
 	$(MAKE) -C kmod/selftests
-	$(GUEST) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 -- kmod/selftests/run.sh
+	$(HARNESS) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 -- kmod/selftests/run.sh
 	@echo "== Linux $*: the library, $(call marks,$*)"
-	$(GUEST) pytest $* -- --device -m "$(call marks,$*)"
+	$(HARNESS) pytest $* -- --device -m "$(call marks,$*)"
 
 # Do the selftests notice a broken driver?
 test-mutants: $(INSTALLED)
 	@echo "== broken drivers on Linux $(CHECK_KERNEL)"
 	$(MAKE) -C kmod/selftests
-	kdir=$$($(GUEST) kdir $(CHECK_KERNEL)) && \
+	kdir=$$($(HARNESS) kdir $(CHECK_KERNEL)) && \
 		kmod/selftests/mutants.sh make $(CURDIR)/.cache/mutants "$$kdir"
-	$(GUEST) run $(CHECK_KERNEL) -- kmod/selftests/mutants.sh run $(CURDIR)/.cache/mutants
+	$(HARNESS) run $(CHECK_KERNEL) -- kmod/selftests/mutants.sh run $(CURDIR)/.cache/mutants
 
+ifdef GUEST
 demo: $(INSTALLED)
-	$(GUEST) run $(CHECK_KERNEL) --module -- $(BIN)/python examples/watch_buffers.py
+	$(HARNESS) run $(CHECK_KERNEL) --module -- $(BIN)/python examples/demo.py
+else
+# In the environment of the tests if there is one, else in a smaller one.
+DEMO_VENV := $(if $(wildcard $(INSTALLED)),$(VENV),.venv-demo)
+
+demo: $(DEMO_VENV)/installed.stamp
+	$(DEMO_VENV)/bin/python examples/demo.py
+endif
+
+.venv-demo/installed.stamp: pyproject.toml setup.py $(EXTENSIONS)
+	$(PYTHON) tools/prerequisites.py
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
 
 bench: $(INSTALLED)
 	$(BIN)/python bench/driver.py
 	$(BIN)/python bench/events.py
+	$(BIN)/python bench/embedded.py
 
 setup: $(INSTALLED)
 
@@ -92,8 +118,7 @@ $(SYSTEM): tools/guest.py Makefile
 	$(PYTHON) tools/guest.py setup $(PACKAGES)
 	@touch $@
 
-$(INSTALLED): $(SYSTEM) pyproject.toml setup.py $(wildcard aioummu/*_build.py engine/*) \
-		kmod/include/uapi/linux/ummunotify.h
+$(INSTALLED): $(SYSTEM) pyproject.toml setup.py $(EXTENSIONS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
@@ -112,5 +137,5 @@ clean:
 	rm -rf .cache/sparse .cache/bench .cache/guest/build build dist *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help test check lint check-kmod test-host test-guest test-mutants test-kernels \
+.PHONY: help test check lint check-kmod test-host test-engine test-guest test-mutants test-kernels \
 	demo bench setup clean

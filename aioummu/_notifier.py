@@ -131,8 +131,9 @@ class Notifier:
         self._page = device.page
         # The generation of the last LAST that was handed out.
         self._reported = 0
-        # What the page says while the generation is surely that one.
-        self._settled = 0
+        # What the page says while the generation is surely that one. At first
+        # nothing that it ever says: it may be wiped in children, and read 0.
+        self._settled = -1
         self._regions: dict[int, Region] = {}
         self._cookies = count(1)
         # Held from the read to the look-up of the regions, so that a record

@@ -1240,6 +1240,8 @@ static void after_fork_in_child(void)
 {
 	struct page *page = atomic_load(&engine.page);
 
+	engine.lifecycle = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+	engine.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 	if (!page)
 		return;
 	release_resources();
@@ -1249,8 +1251,14 @@ static void after_fork_in_child(void)
 	engine.coverage = NULL;
 	atomic_store(&engine.finished, 0);
 	atomic_store(&page->owned, 1);
-	engine.lifecycle = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
-	engine.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+}
+
+static int fork_handler_error;
+
+/* Before anybody can fork in here. */
+__attribute__((constructor)) static void handle_forks(void)
+{
+	fork_handler_error = pthread_atfork(NULL, NULL, after_fork_in_child);
 }
 
 static int open_descriptors(void)
@@ -1325,13 +1333,11 @@ static int prepare_once(void)
 
 	if (atomic_load(&engine.page))
 		return 0;
+	if (fork_handler_error)
+		return -fork_handler_error;
 	page = map_memory(sizeof(*page));
 	if (!page)
 		return -ENOMEM;
-	if (pthread_atfork(NULL, NULL, after_fork_in_child)) {
-		munmap(page, sizeof(*page));
-		return -ENOMEM;
-	}
 	atomic_store(&page->owned, 1);
 	atomic_store(&engine.page, page);
 	return 0;
