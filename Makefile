@@ -65,7 +65,8 @@ test-host: $(INSTALLED)
 
 # The engine under both sanitizers, and are broken ones noticed?
 test-engine: $(INSTALLED)
-	@echo "== the embedded engine: sanitizers, mutants"
+	@echo "== the embedded engine: tests and a minute of stress, sanitizers, mutants"
+	$(MAKE) -C engine/tests check
 	$(MAKE) -C engine/tests tsan
 	$(MAKE) -C engine/tests asan
 	$(MAKE) -C engine/tests mutants
@@ -89,21 +90,27 @@ test-mutants: $(INSTALLED)
 		kmod/selftests/mutants.sh make $(CURDIR)/.cache/mutants "$$kdir"
 	$(HARNESS) run $(CHECK_KERNEL) -- kmod/selftests/mutants.sh run $(CURDIR)/.cache/mutants
 
-ifdef GUEST
+ifneq ($(filter-out 0,$(GUEST)),)
+# The guest has no terminal, but what it prints may come to one.
 demo: $(INSTALLED)
-	$(HARNESS) run $(CHECK_KERNEL) --module -- $(BIN)/python examples/demo.py
+	@live=; if [ -t 1 ] && size=($$(stty size </dev/tty)); then live=--live; fi; \
+	$(HARNESS) run $(CHECK_KERNEL) --module --env TERM="$${TERM-}" \
+		--env LINES="$${size-}" --env COLUMNS="$${size[1]-}" -- \
+		$(BIN)/python examples/demo.py --backend driver $$live
 else
 # In the environment of the tests if there is one, else in a smaller one.
 DEMO_VENV := $(if $(wildcard $(INSTALLED)),$(VENV),.venv-demo)
 
 demo: $(DEMO_VENV)/installed.stamp
-	$(DEMO_VENV)/bin/python examples/demo.py
+	@$(DEMO_VENV)/bin/python examples/demo.py
 endif
 
 .venv-demo/installed.stamp: pyproject.toml setup.py $(EXTENSIONS)
-	$(PYTHON) tools/prerequisites.py
-	$(PYTHON) -m venv .venv-demo
-	.venv-demo/bin/python -m pip install --quiet --editable '.[demo]'
+	@$(PYTHON) tools/prerequisites.py
+	@echo "setting up $(@D) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[demo]'
 	@touch $@
 
 bench: $(INSTALLED)
@@ -135,7 +142,7 @@ $(CHECKPATCH): | $(SYSTEM)
 
 clean:
 	rm -rf .cache/sparse .cache/bench .cache/guest/build build dist *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -not -path './.cache/*' -prune -exec rm -rf {} +
 
 .PHONY: help test check lint check-kmod test-host test-engine test-guest test-mutants test-kernels \
 	demo bench setup clean
