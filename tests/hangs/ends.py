@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
 import sys
@@ -12,7 +13,15 @@ from importlib import import_module
 from typing import Any
 
 import aioummu
-from tests.hangs.child import Changing, native, open_notifier, reports, say, until
+from tests.hangs.child import (
+    Changing,
+    exit_status,
+    native,
+    open_notifier,
+    reports,
+    say,
+    until,
+)
 from tests.memory import Pages
 
 
@@ -60,6 +69,13 @@ def end(how: str) -> dict[str, Any]:
             os.abort()
         case "exit in a loop":
             asyncio.run(_exit_in_a_loop())
+        case "exit in a child":
+            # In a child, Python would wait for the thread of this for ever.
+            faulthandler.cancel_dump_traceback_later()
+            child = os.fork()
+            if not child:
+                sys.exit(6)
+            say(child=exit_status(child))
     # At the end of the interpreter, it is still open.
     return {"returned": bool(notifier)}
 

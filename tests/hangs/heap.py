@@ -14,6 +14,8 @@ from tests.pipe_device import drain
 # small for a mapping of its own.
 BLOCK = 8 << 10
 
+_M_ARENA_MAX = -8
+
 _libc = ctypes.CDLL(None)
 
 
@@ -33,8 +35,15 @@ def span(blocks: list[bytearray]) -> tuple[int, int]:
     return min(ranges)[0], max(ranges)[1]
 
 
-def trimming() -> dict[str, Any]:
+def share_one() -> None:
+    """Let all threads use the same heap, and its lock; as if there were many."""
+    assert _libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def trimming(heaps: str) -> dict[str, Any]:
     """Trim heaps while other threads use them and watch them."""
+    if heaps == "one":
+        share_one()
     lost = 0
     with closing(open_notifier()) as notifier, closing(open_notifier()) as other:
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from tests.hangs.gil import Watch
 
 _MESSAGE_SIZE = 32
-_M_ARENA_MAX = -8
 
 _libc = ctypes.CDLL(None)
 _libc.malloc.restype = ctypes.c_void_p
@@ -102,8 +101,7 @@ def unmapping_in_the_loop_that_reads() -> dict[str, bool]:
 
 
 def allocating_before_reading() -> dict[str, bool]:
-    # All threads share the heap, and its lock, as they do when there are many.
-    _libc.mallopt(_M_ARENA_MAX, 1)
+    heap.share_one()
     reader = _started(lambda: _libc.free(_libc.malloc(heap.BLOCK)))
     blocks = heap.blocks_with_holes()
     reader.watch(*heap.span(blocks))

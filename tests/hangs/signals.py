@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,25 @@ _DELAY = 200e-6
 
 def handler_in_c() -> dict[str, Any]:
     """It interrupts the engine as well, and holders of its lock."""
+    return _interrupt_in_c()
+
+
+def handler_in_c_in_a_thread() -> dict[str, Any]:
+    """The same where the main thread does not take the signals upon itself.
+
+    So any other thread may get them that does not block them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+
+    def run() -> dict[str, Any]:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        return _interrupt_in_c()
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(run).result()
+
+
+def _interrupt_in_c() -> dict[str, Any]:
     remapped, dropped = Pages(1), Pages(1)
 
     def start() -> None:
