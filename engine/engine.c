@@ -876,6 +876,7 @@ static int cover(uint64_t start, uint64_t end, struct aioummu_refusal *refusal)
 
 		/* Without an index, looking it up would cost far more than this. */
 		if (known && known->certain && !engine.mappings.indexed &&
+		    !is_anything_under_way() &&
 		    !register_range(known->range.start, known->range.end)) {
 			start = known->range.end;
 			continue;
@@ -1099,7 +1100,9 @@ static bool wait_for_event(void)
 	default:
 		if (polled[1].revents & POLLIN)
 			quiet(&engine.wake);
-		return !((polled[0].revents | polled[1].revents) & broken);
+		/* If not, it would read what is meant for somebody else. */
+		return !((polled[0].revents | polled[1].revents) & broken) &&
+		       is_owned(&engine.userfaultfd);
 	}
 }
 
