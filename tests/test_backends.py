@@ -46,7 +46,6 @@ async def backend_of(notifier: aioummu.Notifier) -> str:
 
 
 @pytest.mark.anyio
-@pytest.mark.embedded
 @no_driver
 async def test_auto_takes_the_embedded_one_where_no_driver_is() -> None:
     async with open_notifier() as notifier:
@@ -302,7 +301,6 @@ def test_nobody_needs_privileges() -> None:
 
 
 @as_root
-@pytest.mark.embedded
 @pytest.mark.parametrize(
     ("device", "error"),
     [
