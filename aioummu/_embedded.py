@@ -366,13 +366,15 @@ def _start_error(code: int) -> DeviceError:
         )
     code = refused
     release = os.uname().release
-    if code == errno.ENOSYS:
+    # A filter can say so as well, but this exists only where the kernel has it.
+    built_in = Path("/proc/sys/vm/unprivileged_userfaultfd").exists()
+    if code == errno.ENOSYS and not built_in:
         return UnsupportedKernelError(
             code,
             f"this kernel ({release}) has no userfaultfd: the embedded backend needs "
             "Linux 5.19 or later, built with CONFIG_USERFAULTFD",
         )
-    if code in {errno.EPERM, errno.EACCES}:
+    if code in {errno.EPERM, errno.EACCES, errno.ENOSYS}:
         return DevicePermissionError(
             code,
             "this process may not use userfaultfd: probably a container's seccomp "

@@ -395,6 +395,8 @@ class Notifier:
 
     def _spent(self, region: Region, /) -> bool:
         with self._lock:
+            if self._forked:
+                raise self._gone()
             return region.registered and self._device.spent(region.cookie)
 
     def _rearm(self, region: Region, /) -> None:

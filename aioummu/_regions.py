@@ -95,7 +95,7 @@ class Region:
 
         :raises ForkedError: in a forked child
         """
-        return self.registered and self._owner._spent(self)
+        return self._registered and self._owner._spent(self)
 
     def rearm(self) -> None:
         """Watch what is mapped at the region's addresses now.

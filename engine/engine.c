@@ -855,7 +855,8 @@ static int refuse(struct aioummu_refusal *refusal, uint64_t start, uint64_t end,
 {
 	refusal->start = start;
 	refusal->end = end;
-	return error;
+	/* Somebody has closed the descriptors, and the thread does not know yet. */
+	return error == -EBADF || error == -ENOTTY ? -ENOTRECOVERABLE : error;
 }
 
 /*
@@ -1238,6 +1239,14 @@ static void release_resources(void)
 	free_stack();
 }
 
+/* From 1 on: in a copy it is wiped, and 0 is no number that anybody knows. */
+static void take_page(struct page *page)
+{
+	atomic_store(&engine.finished, 1);
+	atomic_store(&page->begun, 1);
+	atomic_store(&page->owned, 1);
+}
+
 /* All of it belongs to the parent.  No other thread is here. */
 static void after_fork_in_child(void)
 {
@@ -1252,8 +1261,7 @@ static void after_fork_in_child(void)
 	engine.regions = NULL;
 	engine.notifiers = NULL;
 	engine.coverage = NULL;
-	atomic_store(&engine.finished, 0);
-	atomic_store(&page->owned, 1);
+	take_page(page);
 }
 
 static int fork_handler_error;
@@ -1341,7 +1349,7 @@ static int prepare_once(void)
 	page = map_memory(sizeof(*page));
 	if (!page)
 		return -ENOMEM;
-	atomic_store(&page->owned, 1);
+	take_page(page);
 	atomic_store(&engine.page, page);
 	return 0;
 }

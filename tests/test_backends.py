@@ -246,7 +246,7 @@ NOT_PERMITTED = "this process may not use userfaultfd"
     [
         ("EPERM", "DevicePermissionError 1", NOT_PERMITTED),
         ("EACCES", "DevicePermissionError 13", NOT_PERMITTED),
-        ("ENOSYS", "UnsupportedKernelError 38", "has no userfaultfd"),
+        ("ENOSYS", "DevicePermissionError 38", NOT_PERMITTED),
     ],
 )
 def test_where_neither_can_be_had_both_reasons_are_told(

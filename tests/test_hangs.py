@@ -131,11 +131,6 @@ def test_a_storm_of_children_while_memory_changes(run: Run, how: str) -> None:
 CHILDREN = ["fork", "behind the back"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="region.spent is False in a child; changed is False in a copy if nothing "
-    "had changed before",
-)
 @pytest.mark.parametrize("how", CHILDREN)
 def test_a_child_gets_errors_for_its_parents_notifier(run: Run, how: str) -> None:
     facts = run("forks.use_in_a_child", how)
@@ -219,9 +214,6 @@ def test_descriptors_are_closed_then_memory_changes(run: Run) -> None:
     }
 
 
-@pytest.mark.xfail(
-    strict=False, reason="ClosedError, unless the engine's thread has noticed already"
-)
 def test_descriptors_are_closed_then_memory_is_registered(run: Run) -> None:
     assert run("descriptors.registering") == {
         "register": "DeviceError",

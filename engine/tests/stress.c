@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /*
- * stress [--seconds N] [--threads N] [--seed S]
+ * stress [--seconds N] [--threads N] [--seed S] [--patience N]
  *
  * Threads change memory in every way that the engine sees, while others read what
  * is reported, give addresses from one to another, fork, send signals, open and
@@ -44,8 +44,6 @@
 #define EXPECTATIONS	16
 #define NOISE_PAGES	100
 #define ROUND_SECONDS	3
-/* Seconds after which a thread that does not get on is taken to hang. */
-#define PATIENCE	40
 #define PAGE		UINT64_C(4096)
 #define LARGE_UNIT	(16 * PAGE)
 
@@ -125,6 +123,8 @@ struct worker {
 
 static struct worker workers[MAX_THREADS];
 static unsigned int worker_count = 4;
+/* Seconds after which a thread that does not get on is taken to hang. */
+static unsigned int patience;
 static struct watcher shared[SHARED_WATCHERS];
 static struct actor consumer, giver, heir, noise, forker, director;
 static struct actor *const helpers[] = {
@@ -1279,10 +1279,10 @@ static void check_progress(struct actor *actor, uint64_t *seen,
 		*since = 0;
 		return;
 	}
-	if (++*since < PATIENCE)
+	if (++*since < patience)
 		return;
-	say("FAIL hang: %s has been at \"%s\" for %d seconds", actor->name,
-	    atomic_load(&actor->doing), PATIENCE);
+	say("FAIL hang: %s has been at \"%s\" for %u seconds", actor->name,
+	    atomic_load(&actor->doing), patience);
 	_exit(2);
 }
 
@@ -1351,9 +1351,13 @@ static void check_watchers(void)
 		watcher_check_end(&workers[i].own);
 }
 
+static bool has_failed(void)
+{
+	return tally.missed || tally.stale || tally.wrong;
+}
+
 static void run_round(unsigned int seconds)
 {
-	struct timespec time = { .tv_sec = seconds };
 	pthread_t consumer_thread, giver_thread, heir_thread, noise_thread;
 	pthread_t forker_thread;
 	struct aioummu_refusal refusal;
@@ -1382,7 +1386,8 @@ static void run_round(unsigned int seconds)
 	forker_thread = start(&forker, make_children, NULL);
 
 	step(&director, "letting the others work");
-	nanosleep(&time, NULL);
+	for (unsigned int i = 0; i < 10 * seconds && !has_failed(); i++)
+		nanosleep(&(struct timespec) { .tv_nsec = 100000000 }, NULL);
 
 	step(&director, "waiting for the workers");
 	atomic_store(&round_over, true);
@@ -1467,26 +1472,25 @@ int main(int count, char **arguments)
 {
 	uint64_t seconds = option(count, arguments, "--seconds", 60);
 	uint64_t value = option(count, arguments, "--seed", time(NULL));
-	bool failed;
 
+	patience = option(count, arguments, "--patience", 40);
 	worker_count = option(count, arguments, "--threads", 4);
 	if (!worker_count || worker_count > MAX_THREADS || !(count % 2)) {
-		say("usage: stress [--seconds N] [--threads 1..%d] [--seed S]",
-		    MAX_THREADS);
+		say("usage: stress [--seconds N] [--threads 1..%d] [--seed S] "
+		    "[--patience N]", MAX_THREADS);
 		return 2;
 	}
 	say("# seed %" PRIu64, value);
 	prepare(value);
 	/* In case that the thread which looks for hangs hangs itself. */
-	alarm(seconds * 2 + 3 * PATIENCE);
+	alarm(seconds * 2 + 3 * patience);
 	atomic_store(&director.active, true);
-	for (uint64_t left = seconds; left; ) {
+	for (uint64_t left = seconds; left && !has_failed(); ) {
 		uint64_t now = left < ROUND_SECONDS ? left : ROUND_SECONDS;
 
 		run_round(now);
 		left -= now;
 	}
-	failed = tally.missed || tally.stale || tally.wrong;
 	say("# moves=%" PRIu64 " fenced=%" PRIu64 " fence_timeouts=%" PRIu64
 	    " gave_up=%" PRIu64 " wrong=%" PRIu64, moves, fenced, fence_timeouts,
 	    gave_up, tally.wrong);
@@ -1495,5 +1499,5 @@ int main(int count, char **arguments)
 	    " missed=%" PRIu64 " stale=%" PRIu64, seconds, worker_count,
 	    tally.changes, tally.events, forks, unfenced, tally.missed,
 	    tally.stale);
-	return failed;
+	return has_failed();
 }
