@@ -1,97 +1,132 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # SPDX-License-Identifier: MIT
 #
-# Break the engine in ways that somebody might, and see whether the tests notice:
-# each line below is a sed script for engine.c, and the test that is to fail (or to
-# hang, which its own alarm or watchdog, or a time limit, turns into a failure).
+# Do the tests fail where the engine is wrong?  Broken copies of it, each with the
+# test that must notice: named tests, each of which must be "not ok", or a stress
+# run, which must end otherwise than with 0.  A hang counts, at its time limit.
 #
-#	mutants.sh FOLDER [NAME]
-set -u
-cd "$(dirname "$0")"
-mkdir -p "$1"
-folder=$(realpath "$1")
-only=${2:-}
-total=0
-noticed=0
+#   mutants.sh DIR [NAME...]   build them below DIR/mutants, and run the tests
+#   mutants.sh list            names and tests
 
-# mutant NAME TEST SED-SCRIPT
-mutant()
-{
-	local name=$1 test=$2 script=$3 status
-	local copy=$folder/$name
+cd "$(dirname "$0")" || exit 1
 
-	[ -z "$only" ] || [ "$only" = "$name" ] || return
-	total=$((total + 1))
-	rm -rf "$copy"
-	mkdir -p "$copy"
-	cp ../*.[ch] "$copy"
-	sed -E -i "$script" "$copy/engine.c"
-	if cmp -s ../engine.c "$copy/engine.c"; then
-		echo "not ok $total - $name: does not apply any more"
-		return
-	fi
-	if ! make --silent BUILD="$copy" ENGINE="$copy" WERROR= CFLAGS=-O2 \
-		"$copy/$test" 2> "$copy/log"; then
-		echo "not ok $total - $name: does not compile"
-		return
-	fi
-	timeout --signal=KILL 90 "$copy/$test" \
-		$([ "$test" = stress ] && echo --seconds 6) > "$copy/log" 2>&1
-	status=$?
-	if [ $status -eq 0 ]; then
-		echo "not ok $total - $name: not noticed by $test"
-	else
-		noticed=$((noticed + 1))
-		echo "ok $total - $name ($test: status $status)"
+# name | file | program | its arguments | sed script
+mutants() {
+	cat <<'END'
+begun_after_the_read|engine.c|stress|--seconds 30 --patience 6|/^static bool read_event/,/^}/{/atomic_store(&page->begun/d; s/^\terror = length < 0.*/\tatomic_store(\&page->begun, number + 1);\n&/}
+finished_before_the_ring|engine.c|stress|--seconds 30 --patience 6|/^static bool read_event/,/^}/{/atomic_store(&engine.finished/d; s/^\tif (length == sizeof(message))/\tatomic_store(\&engine.finished, number + 1);\n&/}
+nobody_waits_for_the_ring|engine.c|stress|--seconds 30 --patience 6|/^static void settle/,/^}/s/atomic_load(&engine.finished) < begun/0 \&\& &/
+nothing_looked_for_after_unlocking|engine.c|engine_test|whoever_has_the_lock_reports_what_came_meanwhile|/^static void let_go/,/^}/s/^\t\tif (ring_is_empty() ||.*/\t\tif (1)/
+an_overrun_is_not_noticed|engine.c|engine_test|an_overrun_reports_everything after_an_overrun_everything_can_be_watched_again|/^static void put(/,/^}/s/^\t\tatomic_store(&engine.overrun, true);//
+an_overrun_forgets_no_mapping|engine.c|engine_test|after_an_overrun_what_was_moved_is_released|/^static void invalidate_everything/,/^}/s/^\tforget(.*//
+an_overrun_is_exact|engine.c|engine_test|an_overrun_reports_everything|/^static void invalidate_everything/,/^}/s/^\tranges_visit(.*//
+the_thread_waits_for_the_lock|engine.c|engine_test|a_full_ring_loses_nothing|/^static void \*run/,/^}/s/pthread_mutex_trylock/pthread_mutex_lock/
+the_thread_waits_for_the_lock_too|engine.c|stress|--seconds 30 --patience 6|/^static void \*run/,/^}/s/pthread_mutex_trylock/pthread_mutex_lock/
+the_thread_takes_signals|engine.c|engine_test|the_engines_thread_takes_no_signals|/^static int start_thread/,/^}/s/sigfillset(&all)/sigemptyset(\&all)/
+the_thread_applies_nothing|engine.c|engine_test|the_doorbell_rings_without_being_asked|/^static void \*run/,/^}/s/if (!ring_is_empty() \&\&/if (0 \&\&/
+close_unregisters_nothing|engine.c|engine_test|a_child_with_a_copy_does_not_keep_anything_registered|/^static void unregister_mappings/,/^}/s/^\t\tioctl(engine.userfaultfd.fd, UFFDIO_UNREGISTER.*//
+only_a_part_is_registered|engine.c|engine_test|watching_a_part_leaves_the_mapping_whole|/^static int cover(/,/^}/s/^\t\tif (known && known->range.start == mapping.start.*/\t\tmapping.start = start \& -4096;\n\t\tif (mapping.end > end)\n\t\t\tmapping.end = (end + 4095) \& -4096;\n&/
+only_a_part_is_registered_too|engine.c|stress|--seconds 30 --patience 6|/^static int cover(/,/^}/s/^\t\tif (known && known->range.start == mapping.start.*/\t\tmapping.start = start \& -4096;\n\t\tif (mapping.end > end)\n\t\t\tmapping.end = (end + 4095) \& -4096;\n&/
+known_coverage_is_trusted|engine.c|engine_test|a_segment_attached_again_is_watched_once_registered|/^static int cover(/,/^}/s/^\t\t    !register_range(mapping.start, mapping.end)) {/\t\t    mapping.end) {/
+known_coverage_is_trusted_too|engine.c|stress|--seconds 60 --patience 6|/^static int cover(/,/^}/s/^\t\t    !register_range(mapping.start, mapping.end)) {/\t\t    mapping.end) {/
+an_event_is_taken_for_new|engine.c|engine_test|a_late_event_does_not_make_a_registration_forgotten|/^static void apply/,/^}/s/^\t\tdoubt_cover(/\t\tremove_cover(/
+a_move_is_not_followed|engine.c|engine_test|a_mapping_that_is_watched_in_part_can_move|/^static void apply/,/^}/s/^\t\tadd_cover(.*//
+a_move_is_not_followed_too|engine.c|stress|--seconds 30 --patience 6|/^static void apply/,/^}/s/^\t\tadd_cover(.*//
+a_move_changes_nothing|engine.c|stress|--seconds 30 --patience 6|/^static void put_event/,/^}/s/^\t\tchange.start = message->arg.remap.from;/\t\tchange.start = message->arg.remap.to;/
+the_hint_stays|engine.c|engine_test|a_second_hit_before_the_read_takes_the_hint_away|/^static void hit/,/^}/s/^\t\tregion->exact = false;//
+the_hint_stays_too|engine.c|stress|--seconds 30 --patience 6|/^static void hit/,/^}/s/^\t\tregion->exact = false;//
+the_hint_is_not_clipped|engine.c|engine_test|an_unmapping_is_reported_exactly|/^static void hit/,/^}/s/^\tregion->hint_start = .*/\tregion->hint_start = change->start; (void)(0 ? 0 :/; /^static void hit/,/^}/s/^\t\t\t\t\t\t\t    range->start;/\t\trange->start);/
+the_generation_counts_regions|engine.c|engine_test|a_change_counts_once_however_many_regions_it_hits|/^static void hit/,/^}/s/notifier->last_change != engine.change_number/1/
+a_pending_region_does_not_count|engine.c|engine_test|a_second_hit_before_the_read_takes_the_hint_away|/^static void hit/,/^}/s/notifier->last_change != engine.change_number/!region->pending \&\& &/
+a_region_is_never_spent|engine.c|engine_test|a_spent_region_stays_so_until_it_is_rearmed|/^static void hit/,/^}/s/region->spent = true/region->spent = false/
+last_comes_too_early|engine.c|engine_test|last_waits_for_room|/^static size_t take_reports/,/^}/s/if (count < room && notifier->last_due)/if (count <= room \&\& notifier->last_due)/
+last_comes_before_the_reports|engine.c|stress|--seconds 30 --patience 6|/^static size_t take_reports/,/^}/s/while (count < room \&\& (region/while (count < 1 \&\& (region/
+last_is_lost_with_the_region|engine.c|engine_test|last_comes_after_unregister_of_the_last_pending|/^static void remove_region/,/^}/s/^\t\tdrop_report(region);/\t\tdrop_report(region), quiet_doorbell(region->notifier);/
+reports_survive_unregistering|engine.c|engine_test|an_unregistered_region_is_not_reported|/^static void remove_region/,/^}/s/^\tif (region->pending)/\tif (0)/
+the_fence_does_not_wait|engine.c|stress|--seconds 60 --patience 6|/^static bool is_anything_under_way/,/^}/s/errno == EAGAIN/errno == EDOM/
+the_idle_stay|engine.c|engine_test|idle_mappings_are_released_beyond_the_limit|s/^\twhile (engine.idle_count > IDLE_LIMIT)/\twhile (0 \&\& engine.idle_count > IDLE_LIMIT)/
+the_wanted_are_released|engine.c|stress|--seconds 30 --patience 6|/^static bool is_wanted/,/^}/s/return ranges_overlapping(.*/return !engine.regions \&\& start > end;/
+what_does_not_fit_is_lost|engine.c|engine_test|mappings_that_cannot_be_remembered_are_released|/^static void add_cover/,/^}/s/^\t\tforget(start, end);//
+holes_are_overlooked|engine.c|engine_test|holes_are_refused_and_named|/^static int cover(/,/^}/s/if (error || mapping.start > start)/if (error || mapping.start > end)/
+children_think_they_own_it|engine.c|engine_test|a_raw_child_is_told_that_it_is_a_copy|s/MADV_WIPEONFORK/MADV_NORMAL/
+children_keep_the_parents|engine.c|engine_test|a_forked_child_has_no_watch_and_can_make_one|/^static void after_fork_in_child/,/^}/s/^\tengine.running = false;//
+numbers_are_written_blindly|engine.c|engine_test|descriptors_closed_behind_its_back_hang_nobody|/^static bool is_owned/,/^}/s/return descriptor->fd >= 0 .*/return 1 ||/
+the_greatest_end_is_forgotten|ranges.c|ranges_test|the_tree_does_what_an_array_does|/^void ranges_remove/,/^}/s/^\tupdate(node);//
+the_whole_tree_is_walked|ranges.c|ranges_test|a_million_ranges_stay_shallow|/^void ranges_visit/,/^}/s/while (root \&\& root->last_end > start)/while (root)/
+equal_starts_are_one|ranges.c|ranges_test|ranges_with_the_same_start_are_all_found|/^static bool is_before/,/^}/s/return (uintptr_t)a < (uintptr_t)b/return false/
+the_last_byte_is_outside|mappings.c|mappings_test|every_mapping_of_this_process_is_found|/^static int scan/,/^}/s/mapping->end > address/mapping->end > address + 1/
+a_piece_is_everything|mappings.c|mappings_test|thousands_of_mappings_are_all_found a_line_longer_than_a_page_is_read|/^static char next/,/^}/s/^\tif (text->at == text->length) {/\tif (text->at == text->length \&\& text->length)\n\t\treturn 0;\n&/
+END
+}
+
+wanted() {
+	name=$1
+	shift
+	[ $# -eq 0 ] && return 0
+	for other; do
+		[ "$other" = "$name" ] && return 0
+	done
+	return 1
+}
+
+# Writes a copy of the engine to $1, with sed script $3 applied to $2.
+copy_engine() {
+	rm -rf "$1"
+	mkdir -p "$1" || exit 1
+	cp ../*.c ../*.h "$1" || exit 1
+	sed "$3" "../$2" >"$1/$2" || exit 1
+	if cmp -s "../$2" "$1/$2"; then
+		echo "mutant $name: its sed script matches nothing" >&2
+		exit 1
 	fi
 }
 
-mutant counted_after_the_read stress '
-	/atomic_store\(&page->begun, number \+ 1\);/d
-	s/atomic_store\(&engine\.finished, number \+ 1\);/atomic_store(\&page->begun, number + 1); &/'
-mutant finished_before_it_is_in_the_ring stress '
-	s/^\t\tput_event\(&message\);/\t\t;/
-	s/(atomic_store\(&engine\.finished, number \+ 1\);)/\1 if (length == sizeof(message)) put_event(\&message);/'
-mutant nobody_waits_for_a_read_under_way stress '
-	s/atomic_load\(&engine\.finished\) < begun;/false;/'
-mutant nobody_looks_into_the_ring engine_test '
-	s/if \(ring_is_empty\(\) \|\| pthread_mutex_trylock\(&engine\.lock\)\)/if (true)/'
-mutant a_full_ring_loses_events engine_test '
-	/== AIOUMMU_RING_SIZE\) \{/,/\}/ s/atomic_store\(&engine\.overrun, true\);//'
-mutant the_thread_waits_for_the_lock engine_test '
-	s/if \(!ring_is_empty\(\) && !pthread_mutex_trylock\(/if (!ring_is_empty() \&\& !pthread_mutex_lock(/'
-mutant signals_are_not_blocked engine_test '
-	s/sigfillset\(&all\);/sigemptyset(\&all);/'
-mutant what_is_covered_is_trusted stress '
-	s/^\t\t    !register_range\(mapping\.start, mapping\.end\)\) \{/\t\t    true) {/'
-mutant one_page_is_registered stress '
-	s/\.range\.len = end - start,/.range.len = 4096,/'
-mutant the_fence_does_not_wait stress '
-	s/is_busy = is_anything_under_way\(\);/is_busy = false;/'
-mutant a_second_change_stays_exact engine_test '
-	s/region->exact = false;/;/'
-mutant last_comes_too_early engine_test '
-	s/while \(count < room && \(region/while (count + 1 < room \&\& (region/'
-mutant every_hit_counts engine_test '
-	s/if \(notifier->last_change != engine\.change_number\)/if (true)/'
-mutant nothing_is_spent engine_test '
-	s/region->spent = true;/;/'
-mutant a_report_outlives_its_region engine_test '
-	s/^\tif \(region->pending\)$/\tif (false)/'
-mutant closing_does_not_unregister engine_test '
-	/while \(engine\.coverage\)/,/;/ s/release_cover\(/remove_cover(0, UINT64_MAX); (void)(/'
-mutant what_was_forgotten_stays_registered engine_test '
-	s/unregister_mappings\(engine\.forgotten_start, engine\.forgotten_end\);//'
-mutant a_move_loses_its_target engine_test '
-	s/add_cover\(change->target, end, false, true\);//'
-mutant a_move_forgets_what_it_keeps engine_test '
-	s/^(.*)remove_cover\(change->target, end\);/& remove_cover(change->start, change->end);/'
-mutant a_copy_takes_itself_for_the_owner engine_test '
-	s/return page && !atomic_load\(&page->owned\);/return false;/'
-mutant files_of_others_are_closed engine_test '
-	s/^\tif \(is_owned\(descriptor\)\)/\tif (descriptor->fd >= 0)/'
-mutant poll_must_work engine_test '
-	/^\tcase -1:/,/return true;/ s/return true;/for (;;) nanosleep(\&delay, NULL);/'
+# Whether the tests in $3 of program $2, built in $1, notice.
+is_noticed() {
+	if [ "$2" = stress ]; then
+		# shellcheck disable=SC2086 # these are options
+		! timeout -s KILL 120 "$1/$2" $3 >"$1/log" 2>&1
+		return
+	fi
+	for test in $3; do
+		TEST_LIMIT=6 timeout -s KILL 60 "$1/$2" "$test" >>"$1/log" 2>&1
+		grep -q "^not ok 1 $test" "$1/log" || return 1
+	done
+}
 
-echo "# $noticed of $total noticed"
-[ "$noticed" -eq "$total" ]
+run_mutants() {
+	directory=$1
+	shift
+	count=0 noticed=0
+	list=$(mktemp) || exit 1
+	mutants >"$list"
+	while IFS='|' read -r name file program arguments script; do
+		wanted "$name" "$@" || continue
+		count=$((count + 1))
+		build=$directory/mutants/$name
+		copy_engine "$build/engine" "$file" "$script"
+		# What a mutant leaves unused is meant to be.
+		if ! ${MAKE:-make} -j2 "$build/$program" ENGINE="$build/engine" \
+			BUILD="$build" CFLAGS="-O2 -g -w" >"$build/make.log" 2>&1; then
+			cat "$build/make.log" >&2
+			echo "mutant $name does not build" >&2
+			exit 1
+		fi
+		if is_noticed "$build" "$program" "$arguments"; then
+			noticed=$((noticed + 1))
+			echo "ok $count $name"
+		else
+			sed 's/^/# /' "$build/log"
+			echo "not ok $count $name"
+		fi
+	done <"$list"
+	rm -f "$list"
+	echo "$noticed of $count noticed"
+	[ "$noticed" -eq "$count" ] && [ "$count" -gt 0 ]
+}
+
+case $1 in
+list) mutants | cut -d'|' -f1,3,4 ;;
+'') sed -n '4,10s/^# \{0,1\}//p' "$0"; exit 1 ;;
+*) run_mutants "$@" ;;
+esac

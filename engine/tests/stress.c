@@ -42,6 +42,7 @@
 #define SLOT_WATCHES	3
 #define SLOT_UNITS	32
 #define EXPECTATIONS	16
+#define LEFTOVERS	16
 #define NOISE_PAGES	100
 #define ROUND_SECONDS	3
 #define PAGE		UINT64_C(4096)
@@ -100,6 +101,16 @@ struct slot {
 };
 
 /**
+ * struct leftover - a mapping that nobody watches any more
+ * @start:	first byte
+ * @size:	in bytes
+ */
+struct leftover {
+	uint64_t	start;
+	uint64_t	size;
+};
+
+/**
  * struct worker - a thread that changes its memory
  * @actor:	the thread
  * @thread:	its handle
@@ -109,6 +120,8 @@ struct slot {
  * @trap:	a watched page that its signal handler unmaps
  * @trapped:	what is to be reported of that
  * @trap_watch:	the region
+ * @leftovers:	what stays mapped until the round is over
+ * @leftover_count:	how many
  */
 struct worker {
 	struct actor		actor;
@@ -119,6 +132,8 @@ struct worker {
 	_Atomic uint64_t	trap;
 	struct expectation	trapped;
 	struct watch		*trap_watch;
+	struct leftover		leftovers[LEFTOVERS];
+	unsigned int		leftover_count;
 };
 
 static struct worker workers[MAX_THREADS];
@@ -521,13 +536,30 @@ static void do_shrink(struct worker *worker, struct slot *slot)
 	add_watches(worker, slot);
 }
 
+/* What is not watched any more must not stay registered for ever. */
+static void leave_behind(struct worker *worker, struct slot *slot)
+{
+	if (!slot->whole || worker->leftover_count == LEFTOVERS)
+		return;
+	drop_watches(worker, slot);
+	if (slot->fd >= 0)
+		close(slot->fd);
+	worker->leftovers[worker->leftover_count++] = (struct leftover) {
+		slot->base, slot->count * slot->unit,
+	};
+	slot->base = 0;
+}
+
 /* The slot lies elsewhere now. */
 static void moved(struct worker *worker, struct slot *slot, uint64_t base)
 {
 	atomic_fetch_add(&moves, 1);
 	drop_watches(worker, slot);
 	slot->base = base;
-	add_watches(worker, slot);
+	if (one_in(&worker->actor, 8))
+		leave_behind(worker, slot);
+	else
+		add_watches(worker, slot);
 }
 
 static void do_grow(struct worker *worker, struct slot *slot)
@@ -550,11 +582,11 @@ static void do_grow(struct worker *worker, struct slot *slot)
 	slot->mapped = bits(0, count);
 	if (address_of(memory) == slot->base) {
 		cancel(&change);
+		touch(slot, slot->mapped);
 	} else {
 		end_gone(&change);
 		moved(worker, slot, address_of(memory));
 	}
-	touch(slot, slot->mapped);
 }
 
 static void do_move(struct worker *worker, struct slot *slot)
@@ -835,6 +867,7 @@ static const struct operation {
 	{ "mprotect", do_protect, 2 },
 	{ "register and unregister", do_watch, 6 },
 	{ "a new mapping", do_renew, 4 },
+	{ "leaving a mapping", leave_behind, 1 },
 	{ "malloc and free", do_heap, 3 },
 	{ "read", do_read, 6 },
 	{ "a page for the signal handler", do_trap, 3 },
@@ -1343,6 +1376,16 @@ static int copy_userfaultfd(void)
 	return copy;
 }
 
+static void drop_leftovers(struct worker *worker)
+{
+	while (worker->leftover_count) {
+		const struct leftover *leftover =
+			&worker->leftovers[--worker->leftover_count];
+
+		munmap(pointer(leftover->start), leftover->size);
+	}
+}
+
 static void check_watchers(void)
 {
 	for (unsigned int i = 0; i < SHARED_WATCHERS; i++)
@@ -1413,6 +1456,8 @@ static void run_round(unsigned int seconds)
 	if (count_registered(left, sizeof(left)))
 		complain(&tally.wrong, "still registered after close: %s", left);
 	close(copy);
+	for (unsigned int i = 0; i < worker_count; i++)
+		drop_leftovers(&workers[i]);
 }
 
 static void seed(struct actor *actor, const char *name, uint64_t value)
