@@ -1654,7 +1654,7 @@ int aioummu_fence(void)
 	bool is_busy;
 	int error;
 
-	for (;;) {
+	for (unsigned int i = 0;; i++) {
 		error = enter();
 		if (error)
 			return error;
@@ -1664,7 +1664,7 @@ int aioummu_fence(void)
 			return 0;
 		if (now() > deadline)
 			return -ETIMEDOUT;
-		sched_yield();
+		back_off(i);
 	}
 }
 
