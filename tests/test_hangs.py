@@ -138,7 +138,7 @@ def test_a_child_gets_errors_for_its_parents_notifier(run: Run, how: str) -> Non
     assert opened == "fine" if how == "fork" else opened != "fine"
     assert facts.pop("status") == 0
     assert facts.pop("reported") == REPORTED
-    assert len(facts) == 8
+    assert len(facts) == 9
     assert set(facts.values()) == {"ForkedError"}, facts
 
 

@@ -64,7 +64,11 @@ def storm(how: str) -> dict[str, Any]:
 
 def use_in_a_child(how: str) -> dict[str, Any]:
     """Do in a child what can be done with a notifier, and without."""
-    with closing(open_notifier()) as notifier, Pages(1) as pages:
+    with (
+        closing(open_notifier()) as notifier,
+        closing(open_notifier()) as fresh,
+        Pages(1) as pages,
+    ):
         region = notifier.register(pages.start, pages.end)
         # What is known from now on, the child must not rely on.
         assert not notifier.changed
@@ -72,6 +76,7 @@ def use_in_a_child(how: str) -> dict[str, Any]:
         def use() -> None:
             for name, use in uses(notifier, region).items():
                 say(**{name: attempt(use)})
+            say(fresh=attempt(lambda: fresh.changed))
             notifier.close()
             say(opened=attempt(lambda: EmbeddedDevice().close()))
 
