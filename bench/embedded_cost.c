@@ -141,13 +141,15 @@ static char *region_page(unsigned long number)
 	return area + number % slots * stride;
 }
 
-/* Never over something else. */
+/* Never over something else; to change a page is not to split a huge one. */
 static void map(char *start, size_t size)
 {
 	if (mmap(start, size, PROT_READ | PROT_WRITE,
 		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE |
 		 MAP_FIXED_NOREPLACE, -1, 0) != start)
 		die("mmap", errno);
+	/* Fails where the kernel has no huge pages. */
+	madvise(start, size, MADV_NOHUGEPAGE);
 }
 
 /* A page that nobody changes. */
@@ -356,9 +358,6 @@ int cost_start(int who, int where, unsigned long mappings,
 	/* With its parent. */
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL))
 		die("PR_SET_PDEATHSIG", errno);
-	/* To change a page is not to split a huge one. */
-	if (prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0))
-		die("PR_SET_THP_DISABLE", errno);
 	sem_init(&told, 0, 0);
 	map_area(mappings);
 	changed = regions < slots ? regions : slots;
@@ -419,6 +418,19 @@ static void measure_changes(uint64_t *samples, unsigned int count, bool unmap)
 	}
 }
 
+/*
+ * When it is woken on the reader's CPU, this thread could go on at once, or when
+ * the reader has done everything and sleeps again.  That is chance; so, always the
+ * latter, which is the full price.
+ */
+void cost_be_patient(void)
+{
+	const struct sched_param none = { 0 };
+
+	if (sched_setscheduler(0, SCHED_BATCH, &none))
+		die("SCHED_BATCH", errno);
+}
+
 /* One at a time, with the reader asleep. */
 void cost_munmap(uint64_t *samples, unsigned int count)
 {
@@ -430,23 +442,21 @@ void cost_madvise(uint64_t *samples, unsigned int count)
 	measure_changes(samples, count, false);
 }
 
-/*
- * Unmaps so many slots without anything in between.  Gives the mean time, and the
- * CPU time of all threads.
- */
-void cost_munmap_in_a_row(uint64_t *time, uint64_t *cpu, unsigned int count)
+/* One after the other, none twice.  Gives the CPU time of all threads for one, too. */
+void cost_munmap_in_a_row(uint64_t *samples, uint64_t *cpu, unsigned int count)
 {
-	/* None twice. */
 	unsigned long step = changed / count, first = scattered(step);
 
 	for (unsigned int i = 0; i < count; i++)
 		*region_page(first + i * step) = 1;
 	let_readers_sleep();
 	*cpu = cpu_time();
-	*time = now();
-	for (unsigned int i = 0; i < count; i++)
+	for (unsigned int i = 0; i < count; i++) {
+		uint64_t start = now();
+
 		munmap(region_page(first + i * step), PAGE);
-	*time = (now() - *time) / count;
+		samples[i] = now() - start;
+	}
 	*cpu = (cpu_time() - *cpu) / count;
 	check_reports(count);
 	for (unsigned int i = 0; i < count; i++)
