@@ -3,7 +3,6 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -87,23 +86,29 @@ struct span {
 
 static struct span spans[LONGEST];
 
-/* By a third way: the C library's. */
+static char text[8 << 20];
+
+/* By a third way.  Allocates nothing, which could change what it reads. */
 static size_t read_spans(void)
 {
-	FILE *file = fopen("/proc/self/maps", "re");
-	size_t count = 0, size = 0;
-	char *line = NULL;
+	int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	size_t length = 0, count = 0;
+	ssize_t size;
+	char *line;
 
-	CHECK(file);
-	while (getline(&line, &size, file) > 0) {
+	CHECK(fd >= 0);
+	while ((size = read(fd, text + length, sizeof(text) - 1 - length)) > 0)
+		length += (size_t)size;
+	close(fd);
+	CHECK(length < sizeof(text) - 1);
+	text[length] = 0;
+	for (line = text; *line; line = strchr(line, '\n') + 1) {
 		struct span *span = &spans[count++];
 
 		CHECK(count < LONGEST);
-		CHECK_EQUAL(sscanf(line, "%" SCNx64 "-%" SCNx64, &span->start,
-				   &span->end), 2);
+		span->start = strtoull(line, &line, 16);
+		span->end = strtoull(line + 1, &line, 16);
 	}
-	free(line);
-	fclose(file);
 	return count;
 }
 
