@@ -216,7 +216,8 @@ class Terminal:
         removed = {"COLUMNS", "LINES", "NO_COLOR"}
         environment = {k: v for k, v in os.environ.items() if k not in removed}
         self.process = subprocess.Popen(
-            command,
+            # As from a shell's prompt: what runs in the background ignores it.
+            ["env", "--default-signal=INT", *command],
             stdin=follower,
             stdout=follower,
             stderr=follower,
