@@ -217,7 +217,7 @@ class Terminal:
         environment = {k: v for k, v in os.environ.items() if k not in removed}
         self.process = subprocess.Popen(
             # As from a shell's prompt: what runs in the background ignores it.
-            ["env", "--default-signal=INT", *command],
+            ["/usr/bin/env", "--default-signal=INT", *command],
             stdin=follower,
             stdout=follower,
             stderr=follower,
