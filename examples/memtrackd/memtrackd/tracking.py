@@ -1,0 +1,281 @@
+"""What the daemon knows: clients, their regions, and what happened to these.
+
+Nothing here does any input or output, or waits. Everything is bounded: what is kept
+of the past per client, and the clients that have ended.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, OrderedDict, deque
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import attrs
+
+import aioummu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from memtrackd.protocol import RegionEntry, Update
+
+#: Changes of a client that are remembered for who comes later to look.
+HISTORY = 512
+#: Regions of a client that are remembered after they were unregistered, so that a
+#: report that was on its way then still finds them.
+ENDED_REGIONS = 256
+
+
+class Change(NamedTuple):
+    """One report: something happened to a part of a region."""
+
+    time: float
+    """When the daemon read it, in seconds since 1970."""
+    cookie: int
+    start: int
+    """Address of the first byte that changed."""
+    end: int
+    """Address behind the last one."""
+    exact: bool
+    """One change of these bytes; else several, somewhere in the region."""
+    causes: tuple[str, ...]
+    """Why, where the backend tells it."""
+
+
+@attrs.define(eq=False)
+class TrackedRegion:
+    """A range of a client's memory."""
+
+    cookie: int
+    name: str
+    start: int
+    end: int
+    since: float
+    """When it was announced, in seconds since 1970."""
+    ended: float | None = None
+    """When it was unregistered, or its client ended."""
+    changes: int = 0
+    causes: Counter[str] = attrs.field(factory=Counter)
+    """How many of the changes had which cause, where the backend tells."""
+
+
+@attrs.frozen
+class Credentials:
+    """Who a client is, says the kernel (SO_PEERCRED, unix(7))."""
+
+    pid: int
+    uid: int
+    gid: int
+    user: str
+    """The name of the user, or its number."""
+    program: str
+    """The process's name, proc_pid_comm(5), when it attached; "?" if unknown."""
+
+
+@attrs.define(eq=False)
+class Client:
+    """A process that has handed over its notifier."""
+
+    id: int
+    name: str
+    backend: str
+    credentials: Credentials
+    since: float
+    """When it attached, in seconds since 1970."""
+    ended: float | None = None
+    """When it left or died."""
+    reason: str = ""
+    """Why it is not attached any more."""
+    generation: int = 0
+    """Invalidations of its regions, as it last said."""
+    changes: int = 0
+    """Reports that were read."""
+    unattributed: int = 0
+    """Those of them that belong to no region that the daemon knows."""
+    regions: dict[int, TrackedRegion] = attrs.field(factory=dict)
+    """By cookie."""
+    ended_regions: OrderedDict[int, TrackedRegion] = attrs.field(factory=OrderedDict)
+    """By cookie; the latest :data:`ENDED_REGIONS`."""
+    history: deque[Change] = attrs.field(factory=lambda: deque(maxlen=HISTORY))
+    """The latest changes, oldest first."""
+
+    def region(self, cookie: int) -> TrackedRegion | None:
+        """Return the region, also if it was unregistered a short while ago."""
+        return self.regions.get(cookie) or self.ended_regions.get(cookie)
+
+
+class Listener(Protocol):
+    """Somebody who wants to know; called from the event loop, and must not wait."""
+
+    def attached(self, client: Client) -> None:
+        """Say that there is a new client."""
+        ...
+
+    def updated(
+        self,
+        client: Client,
+        added: Sequence[TrackedRegion],
+        ended: Sequence[TrackedRegion],
+    ) -> None:
+        """Say that regions came and went."""
+        ...
+
+    def changed(self, client: Client, changes: Sequence[Change]) -> None:
+        """Say what was read at once; all of the same time. May be empty: then only
+        the generation is news."""
+        ...
+
+    def ended(self, client: Client) -> None:
+        """Say that a client is not attached any more."""
+        ...
+
+    def forgotten(self, client: Client) -> None:
+        """Say that nobody will hear of this client again."""
+        ...
+
+
+class TooManyRegionsError(Exception):
+    """A client has announced more regions than the daemon keeps for one."""
+
+
+class Tracking:
+    """All clients, those that are attached and those that ended a while ago.
+
+    Synchronization: for the event loop's thread only.
+
+    :param keep_ended: how many clients are remembered after they have ended
+    :param region_limit: the most regions of a client
+    """
+
+    def __init__(self, *, keep_ended: int = 100, region_limit: int = 1 << 16) -> None:
+        self.keep_ended = keep_ended
+        self.region_limit = region_limit
+        self.clients: dict[int, Client] = {}
+        """By number: the attached ones, and the latest that ended."""
+        self.attached_total = 0
+        """Clients that ever attached."""
+        self.changes_total = 0
+        """Reports that were read, of all clients that there ever were."""
+        self._ids = itertools.count(1)
+        self._ended: deque[Client] = deque()
+        self._listeners: list[Listener] = []
+
+    def listen(self, listener: Listener) -> None:
+        """Tell this listener about everything from now on."""
+        self._listeners.append(listener)
+
+    def unlisten(self, listener: Listener) -> None:
+        """Tell it no more."""
+        self._listeners.remove(listener)
+
+    @property
+    def attached(self) -> Iterator[Client]:
+        """The clients that are attached."""
+        return (c for c in self.clients.values() if c.ended is None)
+
+    @property
+    def attached_count(self) -> int:
+        """How many clients are attached."""
+        return len(self.clients) - len(self._ended)
+
+    def attach(
+        self, name: str, backend: str, credentials: Credentials, time: float
+    ) -> Client:
+        """Take in a new client."""
+        client = Client(next(self._ids), name, backend, credentials, time)
+        self.clients[client.id] = client
+        self.attached_total += 1
+        for listener in self._listeners:
+            listener.attached(client)
+        return client
+
+    def update(self, client: Client, update: Update, time: float) -> None:
+        """Change the region table of a client.
+
+        :raises TooManyRegionsError: if it has too many; the table is unchanged then
+        """
+        known = client.regions.keys()
+        new = {entry.cookie for entry in update.register}
+        if len((known - set(update.unregister)) | new) > self.region_limit:
+            raise TooManyRegionsError(
+                f"at most {self.region_limit:,} regions for a client"
+            )
+        ended = [
+            region
+            for cookie in update.unregister
+            if (region := self._end_region(client, cookie, time))
+        ]
+        added = list(self._register(client, update.register, time, ended))
+        for listener in self._listeners:
+            listener.updated(client, added, ended)
+
+    def report(
+        self, client: Client, records: Iterable[aioummu.Record], time: float
+    ) -> None:
+        """Take in what one read of the client's notifier gave."""
+        changes: list[Change] = []
+        for kind, flags, start, end, number in records:
+            if kind == aioummu.LAST:
+                client.generation = number
+                continue
+            causes = aioummu.causes(flags)
+            changes.append(
+                Change(time, number, start, end, bool(flags & aioummu.HINT), causes)
+            )
+            region = client.region(number)
+            if region is None:
+                client.unattributed += 1
+            else:
+                region.changes += 1
+                region.causes.update(causes)
+        client.changes += len(changes)
+        self.changes_total += len(changes)
+        client.history.extend(changes)
+        for listener in self._listeners:
+            listener.changed(client, changes)
+
+    def end(self, client: Client, reason: str, time: float) -> None:
+        """Note that a client has left; harmless if repeated."""
+        if client.ended is not None:
+            return
+        client.ended, client.reason = time, reason
+        for region in client.regions.values():
+            region.ended = time
+        for listener in self._listeners:
+            listener.ended(client)
+        self._ended.append(client)
+        self.forget_some()
+
+    def forget_some(self) -> None:
+        """Forget the clients beyond :attr:`keep_ended` that ended longest ago."""
+        while len(self._ended) > self.keep_ended:
+            client = self._ended.popleft()
+            del self.clients[client.id]
+            for listener in self._listeners:
+                listener.forgotten(client)
+
+    def _register(
+        self,
+        client: Client,
+        entries: Iterable[RegionEntry],
+        time: float,
+        ended: list[TrackedRegion],
+    ) -> Iterator[TrackedRegion]:
+        for entry in entries:
+            if replaced := self._end_region(client, entry.cookie, time):
+                ended.append(replaced)
+            region = client.regions[entry.cookie] = TrackedRegion(
+                entry.cookie, entry.name, entry.start, entry.end, time
+            )
+            yield region
+
+    @staticmethod
+    def _end_region(client: Client, cookie: int, time: float) -> TrackedRegion | None:
+        region = client.regions.pop(cookie, None)
+        if region is not None:
+            region.ended = time
+            client.ended_regions.pop(cookie, None)
+            client.ended_regions[cookie] = region
+            if len(client.ended_regions) > ENDED_REGIONS:
+                client.ended_regions.popitem(last=False)
+        return region
