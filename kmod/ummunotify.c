@@ -50,6 +50,7 @@
 #include <linux/slab.h>
 #include <linux/spinlock.h>
 #include <linux/uaccess.h>
+#include <linux/uio.h>
 #include <linux/wait.h>
 
 #include <uapi/linux/ummunotify.h>
@@ -688,7 +689,7 @@ static void ummunotify_mm_release(struct mmu_notifier *notifier,
 
 	ummunotify_walk(&walk);
 	raw_spin_lock(&ctx->lock);
-	/* Pairs with the acquire in ummunotify_read(). */
+	/* Pairs with the acquire in ummunotify_read_iter(). */
 	smp_store_release(&ctx->final, true);
 	raw_spin_unlock(&ctx->lock);
 	wake_up_interruptible_poll(&ctx->wait, EPOLLIN | EPOLLRDNORM | EPOLLHUP);
@@ -794,51 +795,43 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 	return n;
 }
 
-/* A few stores: less than a string copy takes to start. */
-static int ummunotify_put_batch(const struct ummunotify_ctx *ctx,
-				struct ummunotify_event __user *buf, size_t n)
+/* All of it or nothing: half a record is of no use. */
+static bool ummunotify_put_batch(const struct ummunotify_ctx *ctx,
+				 struct iov_iter *to, size_t n)
 {
-	const struct ummunotify_event *event = ctx->batch;
-	const struct ummunotify_event *end = event + n;
+	size_t size = n * sizeof(*ctx->batch);
+	size_t copied = copy_to_iter(ctx->batch, size, to);
 
-	if (!user_write_access_begin(buf, n * sizeof(*buf)))
-		return -EFAULT;
-	for (; event < end; event++, buf++) {
-		unsafe_put_user(event->type, &buf->type, efault);
-		unsafe_put_user(event->flags, &buf->flags, efault);
-		unsafe_put_user(event->hint_start, &buf->hint_start, efault);
-		unsafe_put_user(event->hint_end, &buf->hint_end, efault);
-		unsafe_put_user(event->user_cookie_counter,
-				&buf->user_cookie_counter, efault);
-	}
-	user_write_access_end();
-	return 0;
-
-efault:
-	user_write_access_end();
-	return -EFAULT;
+	if (copied == size)
+		return true;
+	iov_iter_revert(to, copied);
+	return false;
 }
 
 /* Return: number of records delivered, 0 if there are none, or an error. */
 static ssize_t ummunotify_deliver(struct ummunotify_ctx *ctx,
-				  struct ummunotify_event __user *buf,
-				  size_t room)
+				  struct iov_iter *to)
 {
+	size_t room = iov_iter_count(to) / sizeof(struct ummunotify_event);
 	size_t delivered = 0;
 
 	while (delivered < room) {
 		size_t n = ummunotify_peek(ctx, min_t(size_t, room - delivered,
 						      UMMUNOTIFY_READ_BATCH));
+		size_t counted;
 
 		if (!n)
 			break;
-		if (ummunotify_put_batch(ctx, buf + delivered, n)) {
+		if (!ummunotify_put_batch(ctx, to, n)) {
 			ummunotify_unpeek(ctx);
 			if (!delivered)
 				return -EFAULT;
 			break;
 		}
-		n = ummunotify_commit(ctx, n);
+		counted = ummunotify_commit(ctx, n);
+		/* What does not count is written over. */
+		iov_iter_revert(to, (n - counted) * sizeof(*ctx->batch));
+		n = counted;
 		delivered += n;
 		if (n && ctx->batch[n - 1].type == UMMUNOTIFY_EVENT_TYPE_LAST)
 			break;
@@ -860,31 +853,43 @@ static bool ummunotify_ready(struct ummunotify_ctx *ctx)
 	return ready;
 }
 
-static ssize_t ummunotify_read(struct file *file, char __user *buf, size_t len,
-			       loff_t *pos)
+/* The holder may be waiting for a page of another process that reads. */
+static int ummunotify_lock_reads(struct ummunotify_ctx *ctx, bool nowait)
 {
-	struct ummunotify_ctx *ctx = file->private_data;
-	size_t room = len / sizeof(struct ummunotify_event);
+	if (nowait)
+		return mutex_trylock(&ctx->read_lock) ? 0 : -EAGAIN;
+	return mutex_lock_interruptible(&ctx->read_lock) ? -ERESTARTSYS : 0;
+}
+
+/*
+ * IOCB_NOWAIT never waits: neither for reports, whatever others have made of
+ * O_NONBLOCK, which all holders of the file share; nor for other readers.
+ */
+static ssize_t ummunotify_read_iter(struct kiocb *iocb, struct iov_iter *to)
+{
+	struct ummunotify_ctx *ctx = iocb->ki_filp->private_data;
+	bool nowait = iocb->ki_flags & IOCB_NOWAIT;
 	ssize_t ret;
 	bool final;
 
-	if (!room)
+	if (iov_iter_count(to) < sizeof(struct ummunotify_event))
 		return -EINVAL;
 	WRITE_ONCE(ctx->used, true);
 
 	for (;;) {
-		if (mutex_lock_interruptible(&ctx->read_lock))
-			return -ERESTARTSYS;
+		ret = ummunotify_lock_reads(ctx, nowait);
+		if (ret)
+			return ret;
 		/* If no report follows, those queued are seen below. */
 		final = smp_load_acquire(&ctx->final);
-		ret = ummunotify_deliver(ctx, (void __user *)buf, room);
+		ret = ummunotify_deliver(ctx, to);
 		mutex_unlock(&ctx->read_lock);
 		if (ret > 0)
 			return ret * sizeof(struct ummunotify_event);
 		if (ret || final)
 			return ret;
 
-		if (file->f_flags & O_NONBLOCK)
+		if (nowait || iocb->ki_filp->f_flags & O_NONBLOCK)
 			return -EAGAIN;
 		if (wait_event_interruptible(ctx->wait, ummunotify_ready(ctx)))
 			return -ERESTARTSYS;
@@ -1194,6 +1199,7 @@ static int ummunotify_open(struct inode *inode, struct file *file)
 		goto err_put_page;
 
 	file->private_data = ctx;
+	file->f_mode |= FMODE_NOWAIT;
 	return stream_open(inode, file);
 
 err_put_page:
@@ -1240,7 +1246,7 @@ static const struct file_operations ummunotify_fops = {
 	.owner		= THIS_MODULE,
 	.open		= ummunotify_open,
 	.release	= ummunotify_release,
-	.read		= ummunotify_read,
+	.read_iter	= ummunotify_read_iter,
 	.poll		= ummunotify_poll,
 	.fasync		= ummunotify_fasync,
 	.unlocked_ioctl	= ummunotify_ioctl,

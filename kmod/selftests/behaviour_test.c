@@ -676,6 +676,46 @@ static void readv_fills_whole_records(const void *unused)
 	check_last(&events[1], 1);
 }
 
+static void a_blocking_readv_does_not_wait_to_fill_its_parts(const void *unused)
+{
+	struct device device = open_device(0);
+	char *page = map_pages(1);
+	struct ummunotify_event events[4];
+	struct iovec iov[ARRAY_SIZE(events)];
+
+	for (unsigned int i = 0; i < ARRAY_SIZE(events); i++) {
+		iov[i].iov_base = &events[i];
+		iov[i].iov_len = sizeof(events[i]);
+	}
+	CHECK_EQ(fcntl(device.fd, F_SETFL, 0), 0);
+	register_region(&device, page, page_size(), 1);
+	zap(page, 1);
+	CHECK_EQ(readv(device.fd, iov, ARRAY_SIZE(iov)), 2 * sizeof(events[0]));
+	check_inval(&events[0], 1, page, page_size(), HINT);
+	check_last(&events[1], 1);
+}
+
+/* A record lies across two parts, one of which cannot be written. */
+static void a_readv_that_faults_loses_nothing(const void *unused)
+{
+	struct device device = open_device(O_NONBLOCK);
+	char *page = map_pages(1);
+	char *read_only = map_untouched(1, PROT_READ,
+					MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	char part[8];
+	struct iovec iov[] = {
+		{ .iov_base = part, .iov_len = sizeof(part) },
+		{ .iov_base = read_only, .iov_len = page_size() },
+	};
+
+	register_region(&device, page, page_size(), 1);
+	zap(page, 1);
+	CHECK_EQ(readv(device.fd, iov, ARRAY_SIZE(iov)), -1);
+	CHECK_EQ(errno, EFAULT);
+	expect_inval(&device, 1, page, page_size(), HINT);
+	expect_last(&device, 1);
+}
+
 static void two_fds_tell_the_same_independently(const void *unused)
 {
 	struct device first = open_device(0), second = open_device(0);
@@ -723,6 +763,8 @@ static const struct test tests[] = {
 	TEST(a_read_into_the_watched_page_itself),
 	TEST(a_hit_while_a_reader_copies_is_reported_again),
 	TEST(readv_fills_whole_records),
+	TEST(a_blocking_readv_does_not_wait_to_fill_its_parts),
+	TEST(a_readv_that_faults_loses_nothing),
 	TEST(two_fds_tell_the_same_independently),
 };
 

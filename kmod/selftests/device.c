@@ -9,6 +9,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -79,14 +80,28 @@ void unregister_region(const struct device *device, u64 cookie)
 	CHECK_EQ(try_unregister(device->fd, cookie), 0);
 }
 
+static long in_records(ssize_t size)
+{
+	if (size < 0)
+		return -errno;
+	CHECK_EQ(size % sizeof(struct ummunotify_event), 0);
+	return size / sizeof(struct ummunotify_event);
+}
+
 long read_records(int fd, struct ummunotify_event *events, size_t room)
 {
-	ssize_t ret = read(fd, events, room * sizeof(*events));
+	return in_records(read(fd, events, room * sizeof(*events)));
+}
 
-	if (ret < 0)
-		return -errno;
-	CHECK_EQ(ret % sizeof(*events), 0);
-	return ret / sizeof(*events);
+long read_nowait(const struct device *device, struct ummunotify_event *events,
+		 size_t room)
+{
+	struct iovec iov = {
+		.iov_base	= events,
+		.iov_len	= room * sizeof(*events),
+	};
+
+	return in_records(preadv2(device->fd, &iov, 1, -1, RWF_NOWAIT));
 }
 
 void check_inval(const struct ummunotify_event *event, u64 cookie,

@@ -3,7 +3,7 @@
  * /dev/ummunotify, memory to watch, threads and processes, for the tests.
  *
  * What cannot fail in a right test is checked here.  Functions called try_*()
- * and read_records() return a negative error number instead.
+ * and read_*() return a negative error number instead.
  */
 #ifndef DEVICE_H
 #define DEVICE_H
@@ -51,6 +51,9 @@ void unregister_region(const struct device *device, u64 cookie);
 
 /* Return: number of records, or a negative error number. */
 long read_records(int fd, struct ummunotify_event *events, size_t room);
+/* With RWF_NOWAIT. */
+long read_nowait(const struct device *device, struct ummunotify_event *events,
+		 size_t room);
 
 void check_inval(const struct ummunotify_event *event, u64 cookie,
 		 const void *start, size_t length, u32 flags);

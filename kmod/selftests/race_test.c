@@ -502,6 +502,7 @@ static void a_reader_stuck_in_a_fault_delays_nobody(const void *unused)
 	char *pages = map_pages(3);
 	struct uffdio_zeropage zero = { .range.len = page_size() };
 	struct pollfd pollfd = { .events = POLLIN };
+	struct ummunotify_event other[2];
 	struct uffd_msg message;
 	pthread_t thread;
 
@@ -517,6 +518,8 @@ static void a_reader_stuck_in_a_fault_delays_nobody(const void *unused)
 	CHECK_EQ(poll(&pollfd, 1, -1), 1);
 	CHECK_EQ(read(pollfd.fd, &message, sizeof(message)), sizeof(message));
 
+	/* Others that may wait would do so for this reader. */
+	CHECK_EQ(read_nowait(device, other, ARRAY_SIZE(other)), -EAGAIN);
 	/* Hit what is being copied, what is not; come and go. */
 	zap(pages, 1);
 	zap(pages + 2 * page_size(), 1);

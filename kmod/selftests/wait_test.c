@@ -217,6 +217,23 @@ static void o_nonblock_is_obeyed_as_it_changes(const void *unused)
 }
 
 /* Whoever wakes and finds that another has read it all sleeps on. */
+/* O_NONBLOCK belongs to everybody who has the file; RWF_NOWAIT to this call. */
+static void rwf_nowait_never_waits_whatever_others_set(const void *unused)
+{
+	struct device device = open_device(0);
+	struct ummunotify_event events[2];
+	char *page = map_pages(1);
+
+	CHECK_EQ(fcntl(device.fd, F_SETFL, 0), 0);
+	CHECK_EQ(read_nowait(&device, events, ARRAY_SIZE(events)), -EAGAIN);
+	register_region(&device, page, page_size(), 1);
+	zap(page, 1);
+	CHECK_EQ(read_nowait(&device, events, ARRAY_SIZE(events)), 2);
+	check_inval(&events[0], 1, page, page_size(), HINT);
+	check_last(&events[1], 1);
+	CHECK_EQ(read_nowait(&device, events, ARRAY_SIZE(events)), -EAGAIN);
+}
+
 static void several_blocked_readers_share_the_reports(const void *unused)
 {
 	enum { READERS = 3 };
@@ -634,6 +651,7 @@ static const struct test tests[] = {
 	TEST(a_signal_ends_a_blocked_read),
 	TEST(a_read_restarts_if_the_handler_says_so),
 	TEST(o_nonblock_is_obeyed_as_it_changes),
+	TEST(rwf_nowait_never_waits_whatever_others_set),
 	TEST(several_blocked_readers_share_the_reports),
 	TEST(several_readers_get_each_report_once),
 	TEST(poll_says_in_and_rdnorm),
