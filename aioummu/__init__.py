@@ -46,14 +46,17 @@ from aioummu._records import (
     INVAL,
     LAST,
     RECORD_SIZE,
+    Cause,
     Event,
     Inval,
     Last,
     Record,
+    cause_of,
     decode,
     unpack,
 )
 from aioummu._regions import Region
+from aioummu._shared import SharedDevice, open_shared
 
 __all__ = [
     "DEFAULT_PATH",
@@ -63,6 +66,7 @@ __all__ = [
     "RECORD_SIZE",
     "Backend",
     "BusyError",
+    "Cause",
     "ClosedError",
     "Device",
     "DeviceError",
@@ -86,14 +90,17 @@ __all__ = [
     "ReadinessKind",
     "Record",
     "Region",
+    "SharedDevice",
     "SubinterpreterError",
     "TooManyRegionsError",
     "UmmunotifyError",
     "UnknownCookieError",
     "UnsupportedKernelError",
     "UnwatchableRangeError",
+    "cause_of",
     "decode",
     "open_device",
     "open_notifier",
+    "open_shared",
     "unpack",
 ]

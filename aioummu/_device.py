@@ -140,6 +140,8 @@ class Device:
     :raises DeviceError: if it cannot be opened for another reason
     """
 
+    _read_flags = 0
+
     def __init__(self, path: str | os.PathLike[str] = DEFAULT_PATH) -> None:
         self._fd = -1
         self._forked = False
@@ -165,8 +167,10 @@ class Device:
         device = cls.__new__(cls)
         device._fd = -1
         device._forked = False
-        os.set_blocking(fd, False)
         device._setup(fd, fresh=False)
+        os.set_blocking(fd, False)
+        # The other holders of the file can change that.
+        device._read_flags = os.RWF_NOWAIT
         return device
 
     def _setup(self, fd: int, *, fresh: bool) -> None:
@@ -274,6 +278,20 @@ class Device:
         """Return True: the driver counts a change before the first page goes."""
         return True
 
+    def share(self) -> int:
+        """Return a descriptor for another process that is to read the records.
+
+        It is to be sent through a Unix socket (``socket.send_fds()``) and closed
+        here; the receiver calls :func:`open_shared`. The regions are registered
+        here, and reports go to whoever reads first: so do not read any more. The
+        receiver can register regions as well, but learns addresses and times only,
+        never contents.
+
+        :raises ClosedError: if the device is closed
+        :raises ForkedError: in a forked child
+        """
+        return fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
+
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read records into a buffer of at least 32 bytes.
 
@@ -285,7 +303,7 @@ class Device:
         :raises ForkedError: in a forked child
         """
         try:
-            return os.readv(self._fd, (buffer,))
+            return os.preadv(self._fd, (buffer,), -1, self._read_flags)
         except BlockingIOError:
             return None
         except OSError as error:

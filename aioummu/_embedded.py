@@ -207,6 +207,35 @@ class EmbeddedDevice:
         result = lib.aioummu_fence()
         return result != -errno.ETIMEDOUT and not self._check(result)
 
+    def share(self) -> int:
+        """Return a descriptor for another process that is to read the records.
+
+        It is to be sent through a Unix socket (``socket.send_fds()``) and closed
+        here; the receiver calls :func:`open_shared`. A thread of the engine feeds
+        it from then on, so do not read any more. Nothing in this process ever waits
+        for the receiver: as long as that one does not read, reports coalesce here.
+        If it is gone, they are kept for another call of this method.
+
+        :raises DeviceError: if the records go to another process already, or there
+            are no descriptors, no memory or no thread left
+        :raises ClosedError: if the device is closed
+        :raises ForkedError: in a forked child
+        """
+        if not self._number:
+            raise self._gone()
+        result: int = lib.aioummu_share(self._number)
+        if result == -errno.EBUSY:
+            raise DeviceError(
+                errno.EBUSY,
+                "another process reads the records of this device already: close "
+                "what was shared before, or open another device",
+            )
+        if result < 0 and -result not in {errno.EBADF, errno.EOWNERDEAD}:
+            raise DeviceError(
+                -result, f"the device cannot be shared: {os.strerror(-result)}"
+            )
+        return self._check(result)
+
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read records into a buffer of at least 32 bytes.
 

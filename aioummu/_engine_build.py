@@ -34,14 +34,25 @@ ffibuilder.cdef(
     ssize_t aioummu_read(int notifier, void *buffer, size_t size);
     int aioummu_generation(int notifier, uint64_t *generation);
     int aioummu_fence(void);
+    int aioummu_share(int notifier);
     void aioummu_close(int notifier);
 
     #define AIOUMMU_MAX_REGIONS ...
     """
 )
 
-_SOURCES = ["engine/engine.c", "engine/mappings.c", "engine/ranges.c"]
-_HEADERS = ["engine/engine.h", "engine/mappings.h", "engine/ranges.h"]
+_SOURCES = [
+    "engine/engine.c",
+    "engine/mappings.c",
+    "engine/ranges.c",
+    "engine/share.c",
+]
+_HEADERS = [
+    "engine/descriptor.h",
+    "engine/engine.h",
+    "engine/mappings.h",
+    "engine/ranges.h",
+]
 
 ffibuilder.set_source(
     "aioummu._engine",

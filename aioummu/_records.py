@@ -7,14 +7,17 @@ in the byte order of the machine.
 
 from __future__ import annotations
 
+import enum
 import errno
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import attrs
 
 from aioummu import _abi
 from aioummu._errors import ForeignDeviceError
+from aioummu._ummunotify_abi import lib
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,6 +33,43 @@ HINT = _abi.HINT
 
 #: type, flags, hint_start, hint_end, user_cookie_counter
 Record: TypeAlias = tuple[int, int, int, int, int]
+
+
+class Cause(enum.Flag):
+    """Why memory was invalidated; the causes of all that one event reports.
+
+    Which system call has which cause on which backend: ``docs/backends.md``.
+    """
+
+    UNMAP = lib.UMMUNOTIFY_EVENT_CAUSE_UNMAP
+    """Unmapped; on the driver, also moved elsewhere."""
+    CLEAR = lib.UMMUNOTIFY_EVENT_CAUSE_CLEAR
+    """Pages were taken away or exchanged; the mapping is still there."""
+    PROTECT_MAPPING = lib.UMMUNOTIFY_EVENT_CAUSE_PROTECT_MAPPING
+    """The protection of a mapping changed, or of pages for NUMA balancing."""
+    PROTECT_PAGE = lib.UMMUNOTIFY_EVENT_CAUSE_PROTECT_PAGE
+    """The protection of pages changed: fork, copy on write, write-back."""
+    SOFT_DIRTY = lib.UMMUNOTIFY_EVENT_CAUSE_SOFT_DIRTY
+    """Somebody watches which pages are written to."""
+    MIGRATE = lib.UMMUNOTIFY_EVENT_CAUSE_MIGRATE
+    """Pages move to or from the memory of a device."""
+    EXCLUSIVE = lib.UMMUNOTIFY_EVENT_CAUSE_EXCLUSIVE
+    """A device gets pages for its exclusive use."""
+    END = lib.UMMUNOTIFY_EVENT_CAUSE_END
+    """The process ends, or calls exec."""
+    MOVE = lib.UMMUNOTIFY_EVENT_CAUSE_MOVE
+    """Moved elsewhere; told by the embedded backend only."""
+
+
+_CAUSES = 0
+for _cause in Cause:
+    _CAUSES |= _cause.value
+
+
+@lru_cache(maxsize=1024)
+def cause_of(flags: int) -> Cause:
+    """Return the causes in a record's flags; none where none is told."""
+    return Cause(flags & _CAUSES)
 
 
 # No weak references to events: with them, each would be a fifth larger.
@@ -54,6 +94,13 @@ class Inval:
     """Whether start and end are the one range that was invalidated (clipped to
     the region); otherwise there were several, and they are the whole region.
     """
+    flags: int = attrs.field(default=0, eq=False, repr=False)
+    """Those of the record, as in the driver's header."""
+
+    @property
+    def cause(self) -> Cause:
+        """Why, where the backend tells; of all invalidations since the last read."""
+        return cause_of(self.flags)
 
 
 @attrs.frozen(weakref_slot=False)
@@ -81,12 +128,13 @@ class _Draft:
     __init__ of a frozen class, which assigns through object.__setattr__().
     """
 
-    __slots__ = ("end", "exact", "region", "start")  # those of Inval
+    __slots__ = ("end", "exact", "flags", "region", "start")  # those of Inval
 
     region: Region
     start: int
     end: int
     exact: bool
+    flags: int
 
 
 def unpack(data: Buffer) -> list[Record]:
@@ -117,6 +165,7 @@ def decode(data: Buffer, regions: Mapping[int, Region]) -> list[Event]:
                 draft.start = start
                 draft.end = end
                 draft.exact = flags & HINT != 0
+                draft.flags = flags
                 draft.__class__ = Inval  # type: ignore[assignment]
                 append(draft)  # type: ignore[arg-type]
         elif kind == LAST:
@@ -130,8 +179,7 @@ def as_record(event: Event) -> Record:
     """Return the record that says what the event does."""
     if isinstance(event, Last):
         return LAST, 0, 0, 0, event.generation
-    flags = HINT if event.exact else 0
-    return INVAL, flags, event.start, event.end, event.region.cookie
+    return INVAL, event.flags, event.start, event.end, event.region.cookie
 
 
 def _iter_unpack(data: Buffer) -> Iterator[Record]:

@@ -36,13 +36,13 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/queue.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <linux/ummunotify.h>
 
+#include "descriptor.h"
 #include "mappings.h"
 #include "ranges.h"
 
@@ -93,6 +93,15 @@ enum change_kind {
 	CHANGE_DROPS_PAGES,
 	CHANGE_UNMAPS,
 	CHANGE_MOVES,
+	/* Nobody knows what. */
+	CHANGE_OF_ANY_KIND,
+};
+
+static const uint32_t causes[] = {
+	[CHANGE_DROPS_PAGES]	= UMMUNOTIFY_EVENT_CAUSE_CLEAR,
+	[CHANGE_UNMAPS]		= UMMUNOTIFY_EVENT_CAUSE_UNMAP,
+	[CHANGE_MOVES]		= UMMUNOTIFY_EVENT_CAUSE_MOVE,
+	[CHANGE_OF_ANY_KIND]	= 0,
 };
 
 /**
@@ -117,6 +126,7 @@ struct change {
  * @reported:	in the notifier's reports, if pending
  * @hint_start:	first byte of what is to be reported
  * @hint_end:	first byte behind
+ * @causes:	UMMUNOTIFY_EVENT_CAUSE_ flags of all that is to be reported
  * @pending:	there is a report that nobody has read
  * @exact:	there was one invalidation since the last read
  * @spent:	a part of it is not watched any more
@@ -128,21 +138,10 @@ struct region {
 	TAILQ_ENTRY(region)	reported;
 	uint64_t		hint_start;
 	uint64_t		hint_end;
+	uint32_t		causes;
 	bool			pending;
 	bool			exact;
 	bool			spent;
-};
-
-/**
- * struct descriptor - a file, and how to recognise it
- * @fd:		its number, or -1
- * @device:	st_dev of stat(2)
- * @inode:	st_ino
- */
-struct descriptor {
-	int	fd;
-	dev_t	device;
-	ino_t	inode;
 };
 
 /**
@@ -401,35 +400,7 @@ static uint32_t random_priority(void)
 	return engine.random;
 }
 
-/* ------------------------------------------------------------- descriptors --- */
-
-/*
- * Programs close descriptors that are not theirs (closefrom()), and the numbers
- * become those of other files, which must not be written or closed.
- */
-static void own(struct descriptor *descriptor, int fd)
-{
-	struct stat status = { 0 };
-
-	fstat(fd, &status);
-	*descriptor = (struct descriptor) { fd, status.st_dev, status.st_ino };
-}
-
-static bool is_owned(const struct descriptor *descriptor)
-{
-	struct stat status;
-
-	return descriptor->fd >= 0 && !fstat(descriptor->fd, &status) &&
-	       status.st_dev == descriptor->device &&
-	       status.st_ino == descriptor->inode;
-}
-
-static void close_owned(struct descriptor *descriptor)
-{
-	if (is_owned(descriptor))
-		close(descriptor->fd);
-	descriptor->fd = -1;
-}
+/* ------------------------------------------------------------------ bells --- */
 
 static int bell_open(struct bell *bell)
 {
@@ -503,10 +474,12 @@ static void hit(struct range *range, void *context)
 		region->spent = true;
 	if (region->pending) {
 		region->exact = false;
+		region->causes |= causes[change->kind];
 		return;
 	}
 	region->pending = true;
 	region->exact = true;
+	region->causes = causes[change->kind];
 	region->hint_start = change->start > range->start ? change->start :
 							    range->start;
 	region->hint_end = change->end < range->end ? change->end : range->end;
@@ -691,7 +664,7 @@ static void apply(struct change *change)
 /* Nobody knows what has changed, so everything has. */
 static void invalidate_everything(void)
 {
-	struct change change = { CHANGE_UNMAPS, 0, UINT64_MAX, 0 };
+	struct change change = { CHANGE_OF_ANY_KIND, 0, UINT64_MAX, 0 };
 
 	remove_cover(0, UINT64_MAX);
 	apply(&change);
@@ -1479,6 +1452,21 @@ int aioummu_open(int doorbell[2])
 	return result;
 }
 
+int aioummu_doorbell(int number)
+{
+	struct notifier *notifier;
+	int result;
+
+	notifier = enter_notifier(number, &result);
+	if (!notifier)
+		return result;
+	result = fcntl(notifier->doorbell.out.fd, F_DUPFD_CLOEXEC, 0);
+	if (result < 0)
+		result = -errno;
+	let_go();
+	return result;
+}
+
 /* Under the lock. */
 static int add_region(struct notifier *notifier, uint64_t start, uint64_t end,
 		      uint64_t cookie, struct aioummu_refusal *refusal)
@@ -1592,7 +1580,8 @@ static void fill_report(struct ummunotify_event *event,
 {
 	*event = (struct ummunotify_event) {
 		.type = UMMUNOTIFY_EVENT_TYPE_INVAL,
-		.flags = region->exact ? UMMUNOTIFY_EVENT_FLAG_HINT : 0,
+		.flags = (region->exact ? UMMUNOTIFY_EVENT_FLAG_HINT : 0) |
+			 region->causes,
 		.hint_start = region->exact ? region->hint_start :
 					      region->range.start,
 		.hint_end = region->exact ? region->hint_end : region->range.end,

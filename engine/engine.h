@@ -98,6 +98,18 @@ int aioummu_generation(int notifier, uint64_t *generation);
  */
 int aioummu_fence(void);
 
+/*
+ * Returns a descriptor from which another process can read the records of this
+ * notifier, as whole packets of a socket; to be sent there and closed here.  It
+ * reads end of file when the notifier is closed.  A thread of its own feeds it, and
+ * nobody else ever waits for the reader: while that one is slow, reports coalesce.
+ * Do not read the notifier any more.
+ */
+int aioummu_share(int notifier);
+
+/* Returns a duplicate of the notifier's doorbell. */
+int aioummu_doorbell(int notifier);
+
 /* Also harmless for a number that is closed already. */
 void aioummu_close(int notifier);
 

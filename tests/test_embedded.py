@@ -239,8 +239,12 @@ def test_a_file_is_watched_from_6_7_on_and_refused_clearly_before(
 
 def _is_in_memory(path: Path) -> bool:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    [*_, kind] = [kind for _, at, kind, *_ in mounts if path.is_relative_to(at)]
-    return kind == "tmpfs"
+    # The innermost, and of several at one place the last.
+    above = [
+        (len(at), i) for i, (_, at, *_) in enumerate(mounts) if path.is_relative_to(at)
+    ]
+    _, i = max(above)
+    return mounts[i][2] == "tmpfs"
 
 
 class ForeignUserfaultfd:

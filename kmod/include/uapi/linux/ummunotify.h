@@ -52,13 +52,38 @@ enum {
 	 * hint_start and hint_end are the one range that was invalidated;
 	 * otherwise they are the whole region.
 	 */
-	UMMUNOTIFY_EVENT_FLAG_HINT	= 1 << 0
+	UMMUNOTIFY_EVENT_FLAG_HINT	= 1 << 0,
+
+	/*
+	 * Why, where that is told; of all invalidations that the record reports.
+	 * None: it is not told, or not known.
+	 */
+	/* Unmapped, or moved elsewhere. */
+	UMMUNOTIFY_EVENT_CAUSE_UNMAP		= 1 << 16,
+	/* Pages were taken away or exchanged; the mapping is still there. */
+	UMMUNOTIFY_EVENT_CAUSE_CLEAR		= 1 << 17,
+	/* The protection of a mapping changed, or of pages for NUMA balancing. */
+	UMMUNOTIFY_EVENT_CAUSE_PROTECT_MAPPING	= 1 << 18,
+	/* The protection of pages changed: fork, copy on write, write-back. */
+	UMMUNOTIFY_EVENT_CAUSE_PROTECT_PAGE	= 1 << 19,
+	/* Somebody watches which pages are written to. */
+	UMMUNOTIFY_EVENT_CAUSE_SOFT_DIRTY	= 1 << 20,
+	/* Pages move to or from the memory of a device. */
+	UMMUNOTIFY_EVENT_CAUSE_MIGRATE		= 1 << 21,
+	/* A device gets pages for its exclusive use. */
+	UMMUNOTIFY_EVENT_CAUSE_EXCLUSIVE	= 1 << 22,
+	/* The process ends, or calls exec. */
+	UMMUNOTIFY_EVENT_CAUSE_END		= 1 << 23,
+	/* Moved elsewhere; the driver cannot tell that from UNMAP. */
+	UMMUNOTIFY_EVENT_CAUSE_MOVE		= 1 << 24
 };
+
+#define UMMUNOTIFY_EVENT_CAUSE_MASK	0x01ff0000
 
 /**
  * struct ummunotify_event - one record that read() returns
  * @type:	UMMUNOTIFY_EVENT_TYPE_INVAL or UMMUNOTIFY_EVENT_TYPE_LAST
- * @flags:	INVAL: UMMUNOTIFY_EVENT_FLAG_HINT or 0; LAST: 0
+ * @flags:	INVAL: UMMUNOTIFY_EVENT_FLAG_HINT or 0, and causes; LAST: 0
  * @hint_start:	INVAL: first invalidated byte; LAST: 0
  * @hint_end:	INVAL: first byte behind them; LAST: 0
  * @user_cookie_counter:	INVAL: the region's cookie; LAST: the generation
