@@ -55,7 +55,7 @@ from aioummu._records import (
     decode,
     unpack,
 )
-from aioummu._regions import Region
+from aioummu._regions import Region, address_range
 from aioummu._shared import SharedDevice, open_shared
 
 __all__ = [
@@ -97,6 +97,7 @@ __all__ = [
     "UnknownCookieError",
     "UnsupportedKernelError",
     "UnwatchableRangeError",
+    "address_range",
     "cause_of",
     "decode",
     "open_device",

@@ -12,14 +12,12 @@ from aioummu._errors import DeviceError, NoBackendError
 if TYPE_CHECKING:
     import os
 
-    from aioummu._device import DeviceLike
-
 Backend: TypeAlias = Literal["auto", "driver", "embedded"]
 
 
 def open_device(
     backend: Backend = "auto", path: str | os.PathLike[str] | None = None
-) -> DeviceLike:
+) -> Device | EmbeddedDevice:
     """Open a device of the wanted backend.
 
     :param backend: ``"auto"`` prefers the driver, and takes the embedded backend
@@ -44,7 +42,7 @@ def open_device(
             )
 
 
-def _open_any() -> DeviceLike:
+def _open_any() -> Device | EmbeddedDevice:
     try:
         return Device()
     except DeviceError as error:

@@ -11,6 +11,7 @@ from itertools import count
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
+from anyio import sleep
 from anyio.lowlevel import checkpoint
 
 from aioummu._backends import open_device
@@ -51,6 +52,12 @@ T = TypeVar("T")
 # Enough to make the price of a read(2) and a checkpoint small beside that of the
 # decoding; and decoding so many takes less than a millisecond of the event loop.
 _RECORDS_PER_READ = 1024
+
+# Readable, and then there is nothing, again and again: another process that has the
+# same open file is faster, or keeps others from reading. It shall not keep the event
+# loop busy. Seconds.
+_VAIN_WAKE_UPS = 8
+_VAIN_PAUSE = 0.01
 
 
 @asynccontextmanager
@@ -455,8 +462,12 @@ class Notifier:
         try:
             # Before the read: an await behind it could lose what was read.
             await checkpoint()
+            in_vain = 0
             while (items := self._read(decode)) is None:
+                if in_vain > _VAIN_WAKE_UPS:
+                    await sleep(_VAIN_PAUSE)
                 await self._readiness.wait()
+                in_vain += 1
         except ProcessGoneError:
             raise StopAsyncIteration from None
         finally:

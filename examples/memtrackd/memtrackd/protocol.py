@@ -168,7 +168,8 @@ def checked_entry(entry: RegionEntry) -> RegionEntry:
     _name(entry.name, "a region's name")
     if not 0 <= entry.start < entry.end <= _ADDRESS_LIMIT - 1:
         raise MessageError(
-            f"a region has 0 <= start < end < 2**64, not {entry.start:#x}-{entry.end:#x}"
+            "a region has 0 <= start < end < 2**64, not "
+            f"{entry.start:#x}-{entry.end:#x}"
         )
     return entry
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict, deque
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import attrs
@@ -24,6 +25,12 @@ HISTORY = 512
 #: Regions of a client that are remembered after they were unregistered, so that a
 #: report that was on its way then still finds them.
 ENDED_REGIONS = 256
+
+
+@lru_cache(maxsize=1024)
+def causes_of(flags: int) -> tuple[str, ...]:
+    """Return the names of the causes in a record's flags."""
+    return tuple(cause.name.lower() for cause in aioummu.cause_of(flags) if cause.name)
 
 
 class Change(NamedTuple):
@@ -121,8 +128,7 @@ class Listener(Protocol):
         ...
 
     def changed(self, client: Client, changes: Sequence[Change]) -> None:
-        """Say what was read at once; all of the same time. May be empty: then only
-        the generation is news."""
+        """Say what was read at once; if there is nothing, the generation is news."""
         ...
 
     def ended(self, client: Client) -> None:
@@ -218,7 +224,7 @@ class Tracking:
             if kind == aioummu.LAST:
                 client.generation = number
                 continue
-            causes = aioummu.causes(flags)
+            causes = causes_of(flags)
             changes.append(
                 Change(time, number, start, end, bool(flags & aioummu.HINT), causes)
             )

@@ -1,0 +1,416 @@
+"""For programs that want to be tracked.
+
+::
+
+    with memtrackd.attach("train.py") as tracker:
+        tracker.register(weights, "weights")     # anything with the buffer protocol
+        tracker.register(start, end, "arena")    # or addresses, end exclusive
+
+Consent is explicit: only what is registered here is seen by the daemon, and only
+addresses, names and times, never contents. No event loop is needed.
+
+Nothing here ever waits for the daemon, but for its answer to :func:`attach`, which
+has a time limit. If it is slow, stopped or dead, the program goes on as if nobody
+had asked; what could not be said is said with a later call, also to a daemon that
+was started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import select
+import socket
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import aioummu
+from memtrackd import protocol
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from typing_extensions import Buffer
+
+#: Seconds between attempts to find the daemon again.
+RETRY = 1.0
+
+
+class AttachError(Exception):
+    """The daemon cannot be reached, or does not want this program."""
+
+
+def default_socket() -> Path:
+    """Return where the daemon is looked for.
+
+    That is ``$MEMTRACKD_SOCKET``; or where a daemon of the system listens, if there
+    is one or this is root; or below ``$XDG_RUNTIME_DIR``.
+    """
+    if path := os.environ.get("MEMTRACKD_SOCKET"):
+        return Path(path)
+    system = Path("/run/memtrackd/memtrackd.sock")
+    if os.geteuid() == 0 or system.exists():
+        return system
+    if directory := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(directory, "memtrackd.sock")
+    return Path(f"/tmp/memtrackd-{os.getuid()}/memtrackd.sock")  # noqa: S108
+
+
+def attach(
+    name: str | None = None,
+    *,
+    socket: str | os.PathLike[str] | None = None,
+    backend: aioummu.Backend = "auto",
+    timeout: float = 2.0,
+    required: bool = True,
+) -> Tracker:
+    """Let the daemon track memory of this process.
+
+    :param name: what to call this program; its own name if left out
+    :param socket: where the daemon listens, if not at :func:`default_socket`
+    :param backend: as for :func:`aioummu.open_notifier`
+    :param timeout: seconds to wait for the daemon's answer
+    :param required: whether it is an error that there is no daemon; otherwise it is
+        looked for again with later calls
+    :raises AttachError: if there is no daemon, it does not answer in time, or refuses
+    :raises aioummu.DeviceError: if memory cannot be watched on this machine
+    :raises MessageError: if the name is no name
+    """
+    name = name or Path(sys.argv[0] or "python").name or "python"
+    path = default_socket() if socket is None else Path(socket)
+    tracker = Tracker(aioummu.open_device(backend), path, name)
+    try:
+        tracker.connect(timeout)
+    except AttachError:
+        if required:
+            tracker.close()
+            raise
+    except BaseException:
+        tracker.close()
+        raise
+    return tracker
+
+
+class Region:
+    """A tracked region, made by :meth:`Tracker.register`; also a context manager."""
+
+    __slots__ = ("_entry", "_tracker")
+
+    def __init__(self, tracker: Tracker, entry: protocol.RegionEntry) -> None:
+        self._tracker = tracker
+        self._entry = entry
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self._entry.name
+
+    @property
+    def cookie(self) -> int:
+        """Its number, unique within the tracker."""
+        return self._entry.cookie
+
+    @property
+    def start(self) -> int:
+        """Address of the first byte."""
+        return self._entry.start
+
+    @property
+    def end(self) -> int:
+        """Address behind the last byte."""
+        return self._entry.end
+
+    def rearm(self) -> None:
+        """Watch what is mapped there now, see :meth:`aioummu.Region.rearm`."""
+        self._tracker.device.rearm(self.cookie)
+
+    def close(self) -> None:
+        """Stop tracking it; harmless if repeated, or if the tracker is closed."""
+        self._tracker.unregister(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} {self.start:#x}-{self.end:#x}>"
+
+
+class Tracker:
+    """What the daemon tracks of this process; a context manager.
+
+    Synchronization: any thread may call anything. In a forked child it is closed:
+    attach there.
+    """
+
+    def __init__(
+        self, device: aioummu.Device | aioummu.EmbeddedDevice, path: Path, name: str
+    ) -> None:
+        self.device = device
+        """The device; its records are read by the daemon."""
+        self._path = path
+        self._name = name
+        self._backend = device.backend
+        self._lock = threading.Lock()
+        self._cookies = itertools.count(1)
+        self._regions: dict[int, protocol.RegionEntry] = {}
+        # What the daemon was told of, and has to be told of.
+        self._told: set[int] = set()
+        self._new: dict[int, protocol.RegionEntry] = {}
+        self._gone: set[int] = set()
+        self._socket: socket.socket | None = None
+        self._error: str | None = None
+        self._closed = False
+        self._retry_at = 0.0
+        _trackers.add(self)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the daemon is there, as far as is known."""
+        with self._lock:
+            self._listen()
+            return self._socket is not None
+
+    @property
+    def error(self) -> str | None:
+        """Why the daemon has hung up, if it has."""
+        with self._lock:
+            self._listen()
+            return self._error
+
+    def connect(self, timeout: float) -> None:
+        """Attach, and wait for the answer; done by :func:`attach`.
+
+        :raises AttachError: if there is no daemon, it does not answer within
+            *timeout* seconds, or refuses
+        """
+        with self._lock:
+            try:
+                self._connect()
+            except OSError as error:
+                raise _attach_error(self._path, error) from error
+            connection = self._socket
+        if connection is None or not _is_readable(connection, timeout):
+            self._hang_up("no answer")
+            raise AttachError(
+                f"the daemon at {self._path} does not answer within {timeout:g} s: "
+                "is it stopped, or overloaded?"
+            )
+        with self._lock:
+            self._listen()
+            if self._socket is None:
+                raise AttachError(f"the daemon at {self._path} refuses: {self._error}")
+
+    @overload
+    def register(self, buffer: Buffer, name: str, /) -> Region: ...
+
+    @overload
+    def register(self, start: int, end: int, name: str, /) -> Region: ...
+
+    def register(self, *arguments: object) -> Region:
+        """Track a buffer's memory, or the addresses from *start* up to *end*.
+
+        No export of the buffer is kept: it can be freed, which is what the daemon
+        will tell.
+
+        :raises MessageError: if the name is no name
+        :raises aioummu.UmmunotifyError: as :meth:`aioummu.Notifier.register`
+        """
+        match arguments:
+            case (int(start), int(end), str(name)):
+                pass
+            case (buffer, str(name)):
+                start, end = aioummu.address_range(buffer)  # type: ignore[arg-type]
+            case _:
+                raise TypeError("register(buffer, name) or register(start, end, name)")
+        with self._lock:
+            entry = protocol.checked_entry(
+                protocol.RegionEntry(next(self._cookies), start, end, name)
+            )
+            if not self._closed:
+                self.device.register(start, end, entry.cookie)
+                self._regions[entry.cookie] = self._new[entry.cookie] = entry
+                self._flush()
+        return Region(self, entry)
+
+    def unregister(self, region: Region) -> None:
+        """Stop tracking a region; harmless if repeated."""
+        with self._lock:
+            cookie = region.cookie
+            if self._closed or self._regions.pop(cookie, None) is None:
+                return
+            self.device.unregister(cookie)
+            self._new.pop(cookie, None)
+            if cookie in self._told:
+                self._told.discard(cookie)
+                self._gone.add(cookie)
+            self._flush()
+
+    def flush(self) -> bool:
+        """Say what could not be said before; return whether the daemon knows all."""
+        with self._lock:
+            if not self._closed:
+                self._flush()
+            return self._socket is not None and not (self._new or self._gone)
+
+    def close(self) -> None:
+        """Let the daemon see the end, and stop watching; harmless if repeated."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._flush()
+            self._disconnect()
+            self.device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._name!r} at {str(self._path)!r}>"
+
+    # Under the lock.
+
+    def _connect(self) -> None:
+        """Say hello, without waiting for an answer."""
+        hello = protocol.encode_hello(protocol.Hello(self._name, self._backend))
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.setblocking(False)
+            connection.connect(os.fspath(self._path))
+            fd = self.device.share()
+            try:
+                socket.send_fds(connection, [hello], [fd])
+            finally:
+                os.close(fd)
+        except BaseException:
+            connection.close()
+            raise
+        self._socket = connection
+        self._error = None
+        self._new = dict(self._regions)
+        self._told.clear()
+        self._gone.clear()
+
+    def _reconnect(self) -> None:
+        now = time.monotonic()
+        if now >= self._retry_at:
+            self._retry_at = now + RETRY
+            with contextlib.suppress(OSError):
+                self._connect()
+
+    def _listen(self) -> None:
+        """Hear why the daemon hangs up, if it does."""
+        while self._socket is not None:
+            try:
+                packet = self._socket.recv(protocol.PACKET_SIZE)
+                answer = protocol.decode_answer(packet) if packet else None
+            except BlockingIOError:
+                return
+            except (OSError, protocol.MessageError) as error:
+                self._hang_up_locked(str(error))
+                return
+            if answer is None:
+                self._hang_up_locked("it is gone")
+            elif isinstance(answer, protocol.Refusal):
+                self._hang_up_locked(answer.error)
+
+    def _flush(self) -> None:
+        self._listen()
+        if self._socket is None and not self._closed:
+            self._reconnect()
+        if self._socket is None:
+            return
+        packets = protocol.encode_updates(list(self._new.values()), list(self._gone))
+        for packet, update in packets:
+            try:
+                self._socket.send(packet)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno not in {errno.ENOBUFS, errno.ENOMEM}:
+                    self._listen()
+                    self._hang_up_locked(error.strerror or "it is gone")
+                return
+            for entry in update.register:
+                del self._new[entry.cookie]
+                self._told.add(entry.cookie)
+            self._gone.difference_update(update.unregister)
+
+    def _hang_up(self, reason: str) -> None:
+        with self._lock:
+            self._hang_up_locked(reason)
+
+    def _hang_up_locked(self, reason: str) -> None:
+        if self._error is None:
+            self._error = reason
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
+
+    def _after_fork_in_child(self) -> None:
+        self._lock = threading.Lock()
+        self._closed = True
+        self._disconnect()
+
+
+# Finalizers and fork handlers can come at any time: no lock.
+_trackers: weakref.WeakSet[Tracker] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for tracker in list(_trackers):
+        tracker._after_fork_in_child()  # noqa: SLF001 - the same module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _is_readable(connection: socket.socket, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def _attach_error(path: Path, error: OSError) -> AttachError:
+    if error.errno in {errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR}:
+        return AttachError(
+            f"no daemon listens at {path}: start memtrackd, or say where it listens "
+            "(MEMTRACKD_SOCKET)"
+        )
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return AttachError(
+            f"this user may not attach to the daemon at {path}: ask for membership in "
+            "the group of the socket"
+        )
+    if error.errno == errno.EAGAIN:
+        return AttachError(f"the daemon at {path} is stopped or overloaded")
+    return AttachError(f"the daemon at {path} cannot be reached: {error.strerror}")

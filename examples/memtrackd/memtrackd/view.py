@@ -1,0 +1,162 @@
+"""A live view for terminals."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from memtrackd.tracking import Change, Client, TrackedRegion, Tracking
+
+#: Seconds between two drawings.
+PERIOD = 0.25
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_STEP = 1024
+
+
+class View:
+    """A listener that draws clients and the latest changes.
+
+    Draws nothing while nothing happens, and never more often than it can: a
+    terminal that is stopped (Ctrl-S) holds up a thread, and nobody else.
+    """
+
+    def __init__(self, tracking: Tracking, console: Console | None = None) -> None:
+        self._tracking = tracking
+        self._console = console or Console(stderr=False)
+        self._latest: deque[tuple[Client, Change]] = deque(maxlen=64)
+        self._rates: dict[int, tuple[float, int, float]] = {}
+        self._dirty = True
+
+    async def run(self) -> None:
+        """Draw until cancelled."""
+        with Live(
+            console=self._console,
+            screen=self._console.is_terminal,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ) as live:
+            while True:
+                if self._dirty:
+                    # The rates fall to 0 when nothing happens any more.
+                    self._dirty = any(rate for *_, rate in self._rates.values())
+                    live.update(self.draw(time.time()))
+                    await to_thread.run_sync(live.refresh, abandon_on_cancel=True)
+                await anyio.sleep(PERIOD)
+
+    def draw(self, now: float) -> Group:
+        """Return what is to be seen now."""
+        height = max(self._console.height, 12)
+        clients = list(self._tracking.clients.values())
+        # Those that are attached first, and of each the newest.
+        clients.sort(key=lambda c: (c.ended is not None, -c.id))
+        shown = clients[: max(3, height // 2 - 4)]
+        table = Table(expand=True, pad_edge=False, box=None)
+        for heading in ("client", "program", "pid", "user", "backend"):
+            table.add_column(heading, overflow="ellipsis", no_wrap=True)
+        for heading in ("regions", "memory", "changes", "per second"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for client in shown:
+            table.add_row(*self._row(client, now), style="dim" * bool(client.ended))
+        parts: list[RenderableType] = [self._title(), table]
+        if len(clients) > len(shown):
+            parts.append(Text(f"and {len(clients) - len(shown)} more", style="dim"))
+        parts.append(Text())
+        room = height - len(shown) - 6
+        parts += [_line(*entry) for entry in list(self._latest)[-max(room, 3) :]]
+        return Group(*parts)
+
+    def _title(self) -> Text:
+        tracking = self._tracking
+        return Text.assemble(
+            ("memtrackd  ", "bold"),
+            f"{tracking.attached_count} clients, {tracking.changes_total:,} changes",
+        )
+
+    def _row(self, client: Client, now: float) -> list[str]:
+        memory = sum(region.end - region.start for region in client.regions.values())
+        who = client.credentials
+        state = client.backend if client.ended is None else f"({client.reason})"
+        return [
+            client.name,
+            who.program,
+            str(who.pid),
+            who.user,
+            state,
+            f"{len(client.regions):,}",
+            size_of(memory),
+            f"{client.changes:,}",
+            f"{self._rate(client, now):,.0f}",
+        ]
+
+    def _rate(self, client: Client, now: float) -> float:
+        then, changes, rate = self._rates.get(client.id, (now, client.changes, 0.0))
+        if now - then >= 1:
+            rate = (client.changes - changes) / (now - then)
+            then, changes = now, client.changes
+        self._rates[client.id] = then, changes, rate
+        return rate
+
+    # What the tracking tells.
+
+    def attached(self, client: Client) -> None:  # noqa: ARG002 - a listener
+        """Draw it."""
+        self._dirty = True
+
+    def updated(
+        self,
+        client: Client,  # noqa: ARG002 - a listener
+        added: Sequence[TrackedRegion],  # noqa: ARG002
+        ended: Sequence[TrackedRegion],  # noqa: ARG002
+    ) -> None:
+        """Draw it."""
+        self._dirty = True
+
+    def changed(self, client: Client, changes: Sequence[Change]) -> None:
+        """Draw it."""
+        self._latest.extend((client, change) for change in changes[-64:])
+        self._dirty = True
+
+    def ended(self, client: Client) -> None:  # noqa: ARG002 - a listener
+        """Draw it."""
+        self._dirty = True
+
+    def forgotten(self, client: Client) -> None:
+        """Let go of it."""
+        self._rates.pop(client.id, None)
+        self._dirty = True
+
+
+def _line(client: Client, change: Change) -> Text:
+    region = client.region(change.cookie)
+    clock = time.strftime("%H:%M:%S", time.localtime(change.time))
+    size = size_of(change.end - change.start)
+    return Text.assemble(
+        (clock, "dim"),
+        f"  {client.name}",
+        ("  " + (region.name if region else f"cookie {change.cookie}"), "bold"),
+        f"  {'+'.join(change.causes) or 'changed'}",
+        f"  {change.start:#x}-{change.end:#x}",
+        f"  {size}" if change.exact else f"  somewhere in {size}",
+        no_wrap=True,
+        overflow="ellipsis",
+    )
+
+
+def size_of(number: int) -> str:
+    """Write a number of bytes for people."""
+    exponent = min(max(number.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
+    return f"{number / _STEP**exponent:.4g} {_UNITS[exponent]}"
