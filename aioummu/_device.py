@@ -388,7 +388,7 @@ class Device:
 def _recognise(fd: int, *, fresh: bool) -> tuple[mmap.mmap, memoryview | OrderedPage]:
     """Make sure that it is an ummunotify device, and map its page."""
     try:
-        fcntl.ioctl(fd, _abi.EXCHANGE_FEATURES, _abi.FEATURES.pack(0))
+        fcntl.ioctl(fd, _abi.EXCHANGE_FEATURES, _abi.FEATURES.pack(_abi.FEATURE_CAUSE))
     except OSError as error:
         # EINVAL: this comes too late, after the first registration or read.
         if fresh or error.errno != errno.EINVAL:

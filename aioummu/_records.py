@@ -59,6 +59,8 @@ class Cause(enum.Flag):
     """The process ends, or calls exec."""
     MOVE = lib.UMMUNOTIFY_EVENT_CAUSE_MOVE
     """Moved elsewhere; told by the embedded backend only."""
+    FOREIGN = lib.UMMUNOTIFY_EVENT_CAUSE_FOREIGN
+    """By another process, or in reclaim; told by the driver only."""
 
 
 _CAUSES = 0

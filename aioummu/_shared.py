@@ -7,10 +7,11 @@ import os
 import socket
 import stat
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aioummu._abi import EVENT
-from aioummu._device import Device
+from aioummu._device import DEFAULT_PATH, Device
 from aioummu._errors import (
     ClosedError,
     DeviceError,
@@ -225,9 +226,13 @@ def _close(fd: int) -> None:
 
 def _is_driver(device: int) -> bool:
     """Ask before any ioctl, which could mean something else elsewhere."""
-    path = f"/sys/dev/char/{os.major(device)}:{os.minor(device)}/subsystem"
+    number = f"{os.major(device)}:{os.minor(device)}"
+    subsystem = Path("/sys/dev/char", number, "subsystem")
     try:
-        return os.path.basename(os.readlink(path)) == "ummunotify"  # noqa: PTH119
+        if subsystem.exists():
+            return subsystem.resolve().name == "ummunotify"
+        # No sysfs here.
+        return Path(DEFAULT_PATH).stat().st_rdev == device
     except OSError:
         return False
 

@@ -85,11 +85,14 @@ static struct kmem_cache *ummunotify_region_cache;
  * HINT:    hint_start and hint_last are the one range that was invalidated.
  * PEEKED:  a reader copies the report out at this moment.
  * CHANGED: the report has changed since it was PEEKED: it stays pending.
+ *
+ * The causes are among them, as in the record.
  */
 #define REPORT_PENDING	BIT(0)
 #define REPORT_HINT	BIT(1)
 #define REPORT_PEEKED	BIT(2)
 #define REPORT_CHANGED	BIT(3)
+#define REPORT_CAUSES	UMMUNOTIFY_EVENT_CAUSE_MASK
 
 /**
  * struct ummunotify_region - a registered range, and its report
@@ -131,6 +134,8 @@ struct ummunotify_region {
  * @pending:	regions with a report that was not read
  * @settled_start:	see ummunotify_settle()
  * @settled_last:	see ummunotify_settle()
+ * @settled_causes:	see ummunotify_settle()
+ * @told_causes:	the causes that records tell: all, or none
  * @generation:	the generation counter; the mapped page repeats it
  * @told_generation:	the generation that the latest LAST told
  * @used:	read() or a registration was tried: too late for features
@@ -159,6 +164,8 @@ struct ummunotify_ctx {
 	struct list_head	pending;
 	unsigned long		settled_start;
 	unsigned long		settled_last;
+	u32			settled_causes;
+	u32			told_causes;
 	u64			generation;
 	u64			told_generation;
 	bool			used;
@@ -462,6 +469,7 @@ static void ummunotify_wake_work(struct irq_work *work)
  * @ctx:	where to report
  * @start:	first invalidated byte
  * @last:	last invalidated byte
+ * @causes:	why, as far as it is told
  * @at_end:	the page tables have changed: report what nobody can know
  * @may_sleep:	the caller may sleep
  * @raised:	this walk has raised the generation
@@ -471,6 +479,7 @@ struct ummunotify_walk {
 	struct ummunotify_ctx	*ctx;
 	unsigned long		start;
 	unsigned long		last;
+	u32			causes;
 	bool			at_end;
 	bool			may_sleep;
 	bool			raised;
@@ -501,7 +510,7 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 	if (!(region->report & REPORT_PENDING)) {
 		region->hint_start = start;
 		region->hint_last = last;
-		region->report = REPORT_PENDING | REPORT_HINT;
+		region->report = REPORT_PENDING | REPORT_HINT | walk->causes;
 		list_add_tail(&region->pending, &walk->ctx->pending);
 		walk->wake = true;
 		ummunotify_hit(walk);
@@ -510,7 +519,8 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 
 	if (walk->at_end) {
 		/* Normally the start has said it, and nobody has read it. */
-		if (region->hint_start <= start && last <= region->hint_last)
+		if (region->hint_start <= start && last <= region->hint_last &&
+		    !(walk->causes & ~region->report))
 			return;
 	} else {
 		ummunotify_hit(walk);
@@ -519,6 +529,7 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 	region->hint_start = region->start;
 	region->hint_last = region->last;
 	region->report &= ~REPORT_HINT;
+	region->report |= walk->causes;
 	if (region->report & REPORT_PEEKED) {
 		region->report |= REPORT_CHANGED;
 		walk->wake = true;
@@ -527,30 +538,32 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 
 /*
  * A range is settled while all regions that overlap it are pending with reports
- * that cover it: from the walk that made them so until one of them is read, or
+ * that cover it and its causes: from the walk that made them so until one of them is read, or
  * a region registered.  The end of an invalidation has nothing to do then, which
  * is the normal case, and need not search.  The latest range is remembered.
  */
 static void ummunotify_settle(struct ummunotify_ctx *ctx, unsigned long start,
-			      unsigned long last)
+			      unsigned long last, u32 causes)
 {
 	ctx->settled_start = start;
 	ctx->settled_last = last;
+	ctx->settled_causes = causes;
 }
 
 static void ummunotify_unsettle(struct ummunotify_ctx *ctx)
 {
 	/* No invalidation has this range. */
-	ummunotify_settle(ctx, ULONG_MAX, 0);
+	ummunotify_settle(ctx, ULONG_MAX, 0, 0);
 }
 
 static bool ummunotify_settled(struct ummunotify_ctx *ctx, unsigned long start,
-			       unsigned long last)
+			       unsigned long last, u32 causes)
 {
 	bool settled;
 
 	raw_spin_lock(&ctx->lock);
-	settled = ctx->settled_start == start && ctx->settled_last == last;
+	settled = ctx->settled_start == start && ctx->settled_last == last &&
+		  ctx->settled_causes == causes;
 	raw_spin_unlock(&ctx->lock);
 	return settled;
 }
@@ -599,7 +612,7 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 		}
 	}
 	if (settled)
-		ummunotify_settle(ctx, walk->start, walk->last);
+		ummunotify_settle(ctx, walk->start, walk->last, walk->causes);
 	raw_spin_unlock(&ctx->lock);
 
 	if (!walk->wake)
@@ -618,6 +631,19 @@ static struct ummunotify_ctx *notifier_ctx(struct mmu_notifier *notifier)
 	return container_of(notifier, struct ummunotify_ctx, notifier);
 }
 
+static u32 ummunotify_causes(const struct ummunotify_ctx *ctx,
+			     const struct mmu_notifier_range *range)
+{
+	u32 causes;
+
+	if (!READ_ONCE(ctx->told_causes))
+		return 0;
+	causes = ummunotify_cause_of(range->event);
+	if (current->mm != range->mm || current->flags & PF_MEMALLOC)
+		causes |= UMMUNOTIFY_EVENT_CAUSE_FOREIGN;
+	return causes;
+}
+
 /* Apart, so that a miss does not pay for it. */
 static noinline void
 ummunotify_invalidate(struct ummunotify_ctx *ctx,
@@ -627,10 +653,13 @@ ummunotify_invalidate(struct ummunotify_ctx *ctx,
 		.ctx		= ctx,
 		.start		= range->start,
 		.last		= range->end - 1,
+		.causes		= ummunotify_causes(ctx, range),
 		.at_end		= at_end,
 		.may_sleep	= mmu_notifier_range_blockable(range),
 	};
 
+	if (at_end && ummunotify_settled(ctx, walk.start, walk.last, walk.causes))
+		return;
 	ummunotify_walk(&walk);
 }
 
@@ -662,8 +691,7 @@ ummunotify_invalidate_range_end(struct mmu_notifier *notifier,
 	 * registered is seen here, or its owner sees the new page tables.
 	 */
 	smp_mb();
-	if (!ummunotify_misses(ctx, range) &&
-	    !ummunotify_settled(ctx, range->start, range->end - 1))
+	if (!ummunotify_misses(ctx, range))
 		ummunotify_invalidate(ctx, range, true);
 }
 
@@ -683,6 +711,7 @@ static void ummunotify_mm_release(struct mmu_notifier *notifier,
 	raw_spin_lock(&ctx->lock);
 	ignore = ctx->closing || ctx->ended;
 	ctx->ended = true;
+	walk.causes = UMMUNOTIFY_EVENT_CAUSE_END & ctx->told_causes;
 	raw_spin_unlock(&ctx->lock);
 	if (ignore)
 		return;
@@ -721,8 +750,9 @@ static size_t ummunotify_peek(struct ummunotify_ctx *ctx, size_t room)
 		if (event == end)
 			goto out;
 		event->type = UMMUNOTIFY_EVENT_TYPE_INVAL;
-		event->flags = region->report & REPORT_HINT ?
-			       UMMUNOTIFY_EVENT_FLAG_HINT : 0;
+		event->flags = region->report & REPORT_CAUSES;
+		if (region->report & REPORT_HINT)
+			event->flags |= UMMUNOTIFY_EVENT_FLAG_HINT;
 		event->hint_start = region->hint_start;
 		event->hint_end = (u64)region->hint_last + 1;
 		event->user_cookie_counter = region->cookie;
@@ -930,16 +960,16 @@ static long ummunotify_exchange_features(struct ummunotify_ctx *ctx,
 
 	if (get_user(features, arg))
 		return -EFAULT;
+	features &= UMMUNOTIFY_FEATURE_CAUSE;
 
 	raw_spin_lock(&ctx->lock);
 	late = READ_ONCE(ctx->used);
 	WRITE_ONCE(ctx->used, true);
+	if (!late && features & UMMUNOTIFY_FEATURE_CAUSE)
+		WRITE_ONCE(ctx->told_causes, REPORT_CAUSES);
 	raw_spin_unlock(&ctx->lock);
 	if (late)
 		return -EINVAL;
-
-	/* None is defined yet. */
-	features = 0;
 	return put_user(features, arg);
 }
 

@@ -10,8 +10,11 @@
 #include <linux/file.h>
 #include <linux/gfp.h>
 #include <linux/mm.h>
+#include <linux/mmu_notifier.h>
 #include <linux/module.h>
 #include <linux/version.h>
+
+#include <uapi/linux/ummunotify.h>
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(5, 10, 0)
 #error "ummunotify needs Linux 5.10 or later"
@@ -39,6 +42,33 @@ static inline void vma_set_file(struct vm_area_struct *vma, struct file *file)
 #else
 #define UMMUNOTIFY_GFP_MAPPED	GFP_KERNEL_ACCOUNT
 #endif
+
+/* Kernels know different reasons. */
+static inline u32 ummunotify_cause_of(enum mmu_notifier_event event)
+{
+	switch (event) {
+	case MMU_NOTIFY_UNMAP:
+		return UMMUNOTIFY_EVENT_CAUSE_UNMAP;
+	case MMU_NOTIFY_CLEAR:
+		return UMMUNOTIFY_EVENT_CAUSE_CLEAR;
+	case MMU_NOTIFY_PROTECTION_VMA:
+		return UMMUNOTIFY_EVENT_CAUSE_PROTECT_MAPPING;
+	case MMU_NOTIFY_PROTECTION_PAGE:
+		return UMMUNOTIFY_EVENT_CAUSE_PROTECT_PAGE;
+	case MMU_NOTIFY_SOFT_DIRTY:
+		return UMMUNOTIFY_EVENT_CAUSE_SOFT_DIRTY;
+	case MMU_NOTIFY_RELEASE:
+		return UMMUNOTIFY_EVENT_CAUSE_END;
+	case MMU_NOTIFY_MIGRATE:
+		return UMMUNOTIFY_EVENT_CAUSE_MIGRATE;
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(5, 14, 0)
+	case MMU_NOTIFY_EXCLUSIVE:
+		return UMMUNOTIFY_EVENT_CAUSE_EXCLUSIVE;
+#endif
+	default:
+		return 0;
+	}
+}
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)
 /* A distribution may have these two already: hence names of our own. */

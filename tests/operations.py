@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import attrs
 
+from aioummu import Cause
 from aioummu._regions import address_range
 from tests.memory import (
     MADV_DONTNEED,
@@ -67,6 +68,8 @@ class Documented:
     """``exact range``, ``whole region``, ``nothing`` or ``refused``."""
     generation: int
     """By how much it rises."""
+    cause: Cause
+    """Why, says the event."""
     spent: bool
     """Whether the region is not watched any more."""
     since: tuple[int, int]
@@ -74,7 +77,8 @@ class Documented:
 
 
 _CELL = re.compile(
-    r"(?P<range>exact range|whole region|nothing|refused)(?:, \+(?P<generation>\d+))?"
+    r"(?P<range>exact range|whole region|nothing|refused)(?: \((?P<cause>[a-z, ]+)\))?"
+    r"(?:, \+(?P<generation>\d+))?"
     r"(?P<spent>; spent)?(?:; since (?P<since>\d+\.\d+))?"
 )
 
@@ -87,9 +91,17 @@ def _documented(cell: str) -> Documented:
     return Documented(
         match["range"],
         int(match["generation"] or not silent),
+        _cause(match["cause"]),
         match["spent"] is not None,
         (int(major), int(minor)),
     )
+
+
+def _cause(names: str | None) -> Cause:
+    cause = Cause(0)
+    for name in names.split(", ") if names else ():
+        cause |= Cause[name.replace(" ", "_").upper()]
+    return cause
 
 
 def documented(backend: str) -> dict[str, Documented]:

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 import aioummu
-from aioummu import Device, EmbeddedDevice, Inval, Last, Notifier
+from aioummu import Cause, Device, EmbeddedDevice, Inval, Last, Notifier
 from tests.conftest import LOOPS
 from tests.memory import MADV_DONTNEED, PAGE, Pages
 from tests.operations import OPERATIONS, NotHereError, documented, kernel
@@ -119,12 +119,17 @@ class Done:
             self.spent = [region.spent for region in self.regions]
 
 
+def _causes(done: Done) -> list[Cause]:
+    return [event.cause for event in done.events if isinstance(event, Inval)]
+
+
 @pytest.mark.parametrize(("backend", "name"), _rows("exact range"))
 def test_a_change_is_reported_exactly(backend: str, name: str) -> None:
     done = Done(backend, name, lambda start, end: [(start, end)])
     [region] = done.regions
     assert done.events == [Inval(region, *done.changed, exact=True), Last(1)]
     assert done.documented.generation == done.generation == 1
+    assert _causes(done) == [done.documented.cause]
     assert done.spent == [done.documented.spent]
 
 
@@ -140,6 +145,7 @@ def test_several_changes_are_reported_as_the_whole_region(
         Last(rise),
     ]
     assert done.generation == rise
+    assert _causes(done) == [done.documented.cause]
     assert done.spent == [done.documented.spent]
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
 import re
 import stat
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_opened_for_reading_without_blocking_and_not_for_other_programs(
 def test_features_are_exchanged_before_anything_else(driver: Driver) -> None:
     with Device(driver.path) as device:
         device.register(1, 2, 3)
-    assert driver.calls[0] == (EXCHANGE, bytes(4))
+    assert driver.calls[0] == (EXCHANGE, struct.pack("=I", 1))
 
 
 def test_no_device_tells_what_to_do(tmp_path: Path) -> None:
@@ -207,11 +208,11 @@ def test_readinto_returns_the_size(driver: Driver) -> None:
 def test_readinto_without_anything_there_is_none(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(_fd: int, _buffers: object) -> int:
+    def nothing(_fd: int, _buffers: object, _offset: int, _flags: int) -> int:
         raise BlockingIOError(errno.EAGAIN, "nothing")
 
     with Device(driver.path) as device:
-        monkeypatch.setattr(os, "readv", nothing)
+        monkeypatch.setattr(os, "preadv", nothing)
         assert device.readinto(bytearray(32)) is None
 
 

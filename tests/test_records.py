@@ -70,7 +70,13 @@ def test_decoded_events_are_ordinary_frozen_attrs_objects() -> None:
     assert events == [Inval(watched, 1, 2, exact=True), Last(3)]
     assert hash(events[0]) == hash(Inval(watched, 1, 2, exact=True))
     assert [type(event) for event in events] == [Inval, Last]
-    assert attrs.astuple(events[0], recurse=False) == (watched, 1, 2, True)
+    assert attrs.astuple(events[0], recurse=False) == (
+        watched,
+        1,
+        2,
+        True,
+        aioummu.HINT,
+    )
     for event in events:
         for field in attrs.fields(type(event)):
             with pytest.raises(attrs.exceptions.FrozenInstanceError):

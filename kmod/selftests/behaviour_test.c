@@ -716,6 +716,39 @@ static void a_readv_that_faults_loses_nothing(const void *unused)
 	expect_last(&device, 1);
 }
 
+#define UNMAP	UMMUNOTIFY_EVENT_CAUSE_UNMAP
+#define CLEAR	UMMUNOTIFY_EVENT_CAUSE_CLEAR
+#define PROTECT	UMMUNOTIFY_EVENT_CAUSE_PROTECT_MAPPING
+
+static void a_report_has_the_causes_of_all_it_reports(const void *unused)
+{
+	struct device device = open_device_with_causes(0);
+	char *pages = map_pages(2);
+	char *second = pages + page_size();
+
+	register_region(&device, pages, 2 * page_size(), 1);
+	CHECK_EQ(madvise(pages, page_size(), MADV_DONTNEED), 0);
+	CHECK_EQ(mprotect(second, page_size(), PROT_READ), 0);
+	expect_inval(&device, 1, pages, 2 * page_size(), CLEAR | PROTECT);
+	expect_last(&device, 2);
+	/* And no more than that. */
+	CHECK_EQ(munmap(second, page_size()), 0);
+	expect_inval(&device, 1, second, page_size(), HINT | UNMAP);
+	expect_last(&device, 3);
+}
+
+static void causes_belong_to_the_fd_that_asked(const void *unused)
+{
+	struct device with = open_device_with_causes(0), without = open_device(0);
+	char *page = map_pages(1);
+
+	register_region(&with, page, page_size(), 1);
+	register_region(&without, page, page_size(), 1);
+	CHECK_EQ(munmap(page, page_size()), 0);
+	expect_inval(&with, 1, page, page_size(), HINT | UNMAP);
+	expect_inval(&without, 1, page, page_size(), HINT);
+}
+
 static void two_fds_tell_the_same_independently(const void *unused)
 {
 	struct device first = open_device(0), second = open_device(0);
@@ -765,6 +798,8 @@ static const struct test tests[] = {
 	TEST(readv_fills_whole_records),
 	TEST(a_blocking_readv_does_not_wait_to_fill_its_parts),
 	TEST(a_readv_that_faults_loses_nothing),
+	TEST(a_report_has_the_causes_of_all_it_reports),
+	TEST(causes_belong_to_the_fd_that_asked),
 	TEST(two_fds_tell_the_same_independently),
 };
 

@@ -37,6 +37,16 @@ void close_device(struct device *device)
 	device->fd = -1;
 }
 
+struct device open_device_with_causes(int flags)
+{
+	struct device device = open_device(flags);
+	u32 features = UMMUNOTIFY_FEATURE_CAUSE;
+
+	CHECK_EQ(try_exchange(device.fd, &features), 0);
+	CHECK_EQ(features, UMMUNOTIFY_FEATURE_CAUSE);
+	return device;
+}
+
 u64 generation(const struct device *device)
 {
 	return ummunotify_load_generation(device->counter);

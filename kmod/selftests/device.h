@@ -39,6 +39,8 @@ static inline u64 address(const void *pointer)
 
 /* Open it read-only, with more flags, and map the counter. */
 struct device open_device(int flags);
+/* With UMMUNOTIFY_FEATURE_CAUSE. */
+struct device open_device_with_causes(int flags);
 void close_device(struct device *device);
 u64 generation(const struct device *device);
 

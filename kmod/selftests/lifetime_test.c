@@ -549,6 +549,23 @@ static void the_end_without_regions_is_end_of_file(const void *unused)
 	join_peer(&peer);
 }
 
+static void the_end_is_a_cause(const void *unused)
+{
+	struct peer peer = start_peer(open_and_exit_when_told, NULL);
+	struct device device = adopt_device(receive_fd(peer.socket));
+	u32 features = UMMUNOTIFY_FEATURE_CAUSE;
+
+	CHECK_EQ(try_exchange(device.fd, &features), 0);
+	/* Nothing is ever mapped at the address 0. */
+	register_region(&device, NULL, page_size(), 1);
+	send_word(peer.socket, 0);
+	wait_for_the_end(device.fd);
+	expect_inval(&device, 1, NULL, page_size(),
+		     HINT | UMMUNOTIFY_EVENT_CAUSE_END);
+	expect_last(&device, 1);
+	join_peer(&peer);
+}
+
 static void an_empty_region_does_not_report_the_end(const void *unused)
 {
 	struct peer peer = start_peer(open_and_exit_when_told, NULL);
@@ -860,6 +877,7 @@ static const struct test tests[] = {
 	TEST(exec_of_the_target),
 	TEST(the_end_waits_for_processes_that_share_memory),
 	TEST(the_end_without_regions_is_end_of_file),
+	TEST(the_end_is_a_cause),
 	TEST(an_empty_region_does_not_report_the_end),
 	TEST(a_blocked_reader_learns_of_the_end),
 	{ "the_end_of_file_follows_all_reports", the_end_follows_all_reports },

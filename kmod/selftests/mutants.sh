@@ -39,6 +39,12 @@ flags_are_looked_at|abi_test|garbage_in_flags_is_ignored|s/^\tif (start > end ||
 close_leaves_the_counter|lifetime_test|a_kept_counter_reads_changed_after_close|/^static int ummunotify_release/,/^}/s/^\tummunotify_raise_generation(ctx);//
 no_limit|limits_test|past_max_regions_is_enospc|s/^\tif (ctx->nr_regions >= READ_ONCE(max_regions))/\tif (0)/
 not_accounted|limits_test|regions_are_charged_to_the_memory_cgroup|s/KMEM_CACHE(ummunotify_region, SLAB_ACCOUNT)/KMEM_CACHE(ummunotify_region, 0)/
+causes_are_lost|behaviour_test|a_report_has_the_causes_of_all_it_reports|s/^\tregion->report |= walk->causes;//
+causes_are_told_to_all|behaviour_test|causes_belong_to_the_fd_that_asked|s/^\tif (!READ_ONCE(ctx->told_causes))/\tif (0)/
+the_end_has_no_cause|lifetime_test|the_end_is_a_cause|s/^\twalk.causes = UMMUNOTIFY_EVENT_CAUSE_END.*//
+nobody_is_foreign|operations_test|hole_punched_by_another_process|s/^\t\tcauses |= UMMUNOTIFY_EVENT_CAUSE_FOREIGN;/\t\t;/
+nowait_waits|race_test|a_reader_stuck_in_a_fault_delays_nobody|s/^\tif (nowait)$/\tif (0)/
+nowait_waits_for_reports|wait_test|rwf_nowait_never_waits_whatever_others_set|s/^\t\tif (nowait || iocb->ki_filp/\t\tif (iocb->ki_filp/
 wakes_nobody|wait_test|a_blocking_read_waits_for_a_report epoll_by_edge_comes_once_per_report|s/^\t\twalk->wake = true;//
 no_signals|wait_test|f_setsig_tells_fd_and_band|s/^\t*kill_fasync(&ctx->fasync, SIGIO, POLL_IN);/;/
 write_is_allowed|abi_test|open_for_writing_is_refused|s/^\tif (file->f_mode & FMODE_WRITE || !current->mm)/\tif (!current->mm)/

@@ -67,7 +67,7 @@ struct scene {
 static void watch(struct scene *scene, char *start, size_t pages)
 {
 	if (!scene->device.counter)
-		scene->device = open_device(O_NONBLOCK);
+		scene->device = open_device_with_causes(O_NONBLOCK);
 	scene->start = start;
 	scene->length = pages * page_size();
 	register_region(&scene->device, start, scene->length, 1);
@@ -145,7 +145,7 @@ static void do_mremap_grow(struct scene *scene)
 	char *pages = map_pages(4);
 
 	/* Room to grow into, that nothing else takes. */
-	scene->device = open_device(O_NONBLOCK);
+	scene->device = open_device_with_causes(O_NONBLOCK);
 	CHECK_EQ(munmap(pages + 3 * page_size(), page_size()), 0);
 	watch(scene, pages, 4);
 	CHECK(mremap(pages, 3 * page_size(), 4 * page_size(), 0) == pages);
@@ -629,7 +629,7 @@ static const struct operation {
 
 /* The table */
 
-#define COLUMNS		3
+#define COLUMNS		4
 #define MAX_ROWS	100
 
 struct row {
@@ -754,19 +754,43 @@ static void check_count(const char *text, const struct scene *scene)
 	CHECK_EQ(raised, count);
 }
 
-static void check_report(const char *text, const struct scene *scene)
+static u32 causes_of(const char *text)
+{
+	static const struct {
+		const char	*name;
+		u32		flag;
+	} causes[] = {
+		{ "unmap", UMMUNOTIFY_EVENT_CAUSE_UNMAP },
+		{ "clear", UMMUNOTIFY_EVENT_CAUSE_CLEAR },
+		{ "protect mapping", UMMUNOTIFY_EVENT_CAUSE_PROTECT_MAPPING },
+		{ "protect page", UMMUNOTIFY_EVENT_CAUSE_PROTECT_PAGE },
+		{ "soft dirty", UMMUNOTIFY_EVENT_CAUSE_SOFT_DIRTY },
+		{ "foreign", UMMUNOTIFY_EVENT_CAUSE_FOREIGN },
+	};
+	u32 flags = 0;
+
+	for (size_t i = 0; i < ARRAY_SIZE(causes); i++)
+		if (strstr(text, causes[i].name))
+			flags |= causes[i].flag;
+	return flags;
+}
+
+static void check_report(const struct row *row, const struct scene *scene)
 {
 	const struct device *device = &scene->device;
+	const char *text = row->column[3];
+	u32 causes = causes_of(row->column[2]);
 
 	if (starts_with(text, "nothing")) {
 		expect_nothing(device);
+		CHECK_EQ(causes, 0);
 		return;
 	}
 	if (starts_with(text, "exact range"))
 		expect_inval(device, 1, scene->changed, scene->changed_length,
-			     HINT);
+			     HINT | causes);
 	else if (starts_with(text, "whole region"))
-		expect_inval(device, 1, scene->start, scene->length, 0);
+		expect_inval(device, 1, scene->start, scene->length, causes);
 	else
 		FAIL("what is \"%s\"?", text);
 	expect_last(device, generation(device));
@@ -778,14 +802,14 @@ static void run_row(const void *arg)
 	const struct row *row = arg;
 	struct scene scene = {};
 
-	if (kernel_is_older(row->column[2]))
+	if (kernel_is_older(row->column[3]))
 		skip("this kernel is older");
 	for (size_t i = 0; i < ARRAY_SIZE(operations); i++) {
 		if (strcmp(operations[i].name, row->column[0]))
 			continue;
 		operations[i].run(&scene);
 		check_count(row->column[1], &scene);
-		check_report(row->column[2], &scene);
+		check_report(row, &scene);
 		return;
 	}
 	FAIL("an operation of that name is not known here");

@@ -30,8 +30,8 @@ struct ummunotify_register_ioctl {
 #define UMMUNOTIFY_MAGIC		'U'
 
 /*
- * Takes a mask of wanted features and returns those that are granted: none is
- * defined yet.  Accepted once, before the first read() or registration.
+ * Takes a mask of wanted features (UMMUNOTIFY_FEATURE_*) and returns those that
+ * are granted.  Accepted once, before the first read() or registration.
  */
 #define UMMUNOTIFY_EXCHANGE_FEATURES	_IOWR(UMMUNOTIFY_MAGIC, 1, __u32)
 /* Start to watch a range of addresses. */
@@ -39,6 +39,9 @@ struct ummunotify_register_ioctl {
 					     struct ummunotify_register_ioctl)
 /* Stop to watch the region with this cookie; a pending report is dropped. */
 #define UMMUNOTIFY_UNREGISTER_REGION	_IOW(UMMUNOTIFY_MAGIC, 3, __u64)
+
+/* Records tell the causes of invalidations: UMMUNOTIFY_EVENT_CAUSE_*. */
+#define UMMUNOTIFY_FEATURE_CAUSE	(1U << 0)
 
 enum {
 	/* Something in a region's range was invalidated. */
@@ -55,8 +58,8 @@ enum {
 	UMMUNOTIFY_EVENT_FLAG_HINT	= 1 << 0,
 
 	/*
-	 * Why, where that is told; of all invalidations that the record reports.
-	 * None: it is not told, or not known.
+	 * Why, with UMMUNOTIFY_FEATURE_CAUSE; of all invalidations that the
+	 * record reports.  None: it is not known.
 	 */
 	/* Unmapped, or moved elsewhere. */
 	UMMUNOTIFY_EVENT_CAUSE_UNMAP		= 1 << 16,
@@ -75,10 +78,12 @@ enum {
 	/* The process ends, or calls exec. */
 	UMMUNOTIFY_EVENT_CAUSE_END		= 1 << 23,
 	/* Moved elsewhere; the driver cannot tell that from UNMAP. */
-	UMMUNOTIFY_EVENT_CAUSE_MOVE		= 1 << 24
+	UMMUNOTIFY_EVENT_CAUSE_MOVE		= 1 << 24,
+	/* By another process, or in reclaim: not by what the process itself did. */
+	UMMUNOTIFY_EVENT_CAUSE_FOREIGN		= 1 << 25
 };
 
-#define UMMUNOTIFY_EVENT_CAUSE_MASK	0x01ff0000
+#define UMMUNOTIFY_EVENT_CAUSE_MASK	0x03ff0000
 
 /**
  * struct ummunotify_event - one record that read() returns
