@@ -118,3 +118,36 @@ int changes_measure(unsigned long first, unsigned long count, bool unmap,
 		error |= changes_undo(first + i, unmap);
 	return error;
 }
+
+/* What a program does between two changes. */
+void changes_compute(uint64_t rounds)
+{
+	uint64_t number = 1;
+
+	while (rounds--) {
+		number = number * 6364136223846793005u + 1442695040888963407u;
+		/* Is needed, for all that the compiler knows. */
+		__asm__ volatile("" : "+r"(number));
+	}
+}
+
+/*
+ * Uses some slots, one after the other, and drops each when it has computed for a
+ * while.  Gives the time and the CPU time of all of it, in ns.
+ */
+int changes_work(unsigned long count, uint64_t rounds, uint64_t *length,
+		 uint64_t *cpu_length)
+{
+	int error = 0;
+
+	*cpu_length = read_clock(CLOCK_THREAD_CPUTIME_ID);
+	*length = read_clock(CLOCK_MONOTONIC_RAW);
+	for (unsigned long i = 0; i < count; i++) {
+		changes_compute(rounds);
+		error |= changes_make(i, false);
+		error |= changes_undo(i, false);
+	}
+	*length = read_clock(CLOCK_MONOTONIC_RAW) - *length;
+	*cpu_length = read_clock(CLOCK_THREAD_CPUTIME_ID) - *cpu_length;
+	return error;
+}
