@@ -40,6 +40,8 @@ struct buffer {
 
 static struct memtrack *tracker;
 static struct buffer buffers[BUFFERS];
+/* The cookie of what is unmapped already. */
+static int64_t retired;
 
 static struct buffer *find(const char *name)
 {
@@ -64,6 +66,17 @@ static void forget(struct buffer *buffer)
 {
 	if (buffer->cookie > 0)
 		memtrack_unregister(tracker, buffer->cookie);
+	buffer->cookie = 0;
+}
+
+/*
+ * A report that the daemon has not read yet goes with its region.  So the region of a
+ * buffer that is not there any more stays until the next command.
+ */
+static void retire(struct buffer *buffer)
+{
+	memtrack_unregister(tracker, retired);
+	retired = buffer->cookie > 0 ? buffer->cookie : 0;
 	buffer->cookie = 0;
 }
 
@@ -103,7 +116,7 @@ static int move(struct buffer *buffer)
 		       MREMAP_MAYMOVE | MREMAP_FIXED, place);
 	if (moved == MAP_FAILED)
 		return -errno;
-	forget(buffer);
+	retire(buffer);
 	buffer->start = (char *)moved;
 	track(buffer);
 	return 0;
@@ -113,7 +126,7 @@ static int unmap(struct buffer *buffer)
 {
 	int error = munmap(buffer->start, buffer->size) ? -errno : 0;
 
-	forget(buffer);
+	retire(buffer);
 	memset(buffer, 0, sizeof(*buffer));
 	return error;
 }
@@ -146,6 +159,8 @@ static int obey(const char *line)
 	struct buffer *buffer;
 	size_t pages = 1;
 
+	memtrack_unregister(tracker, retired);
+	retired = 0;
 	if (sscanf(line, "%15s %128s %zu", word, name, &pages) < 1)
 		return 0;
 	if (!strcmp(word, "quit"))

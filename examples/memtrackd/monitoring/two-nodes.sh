@@ -66,6 +66,8 @@ cat >"$work/client.py" <<-'END'
 	        with mmap.mmap(-1, 1 << 20) as buffer:
 	            region = tracker.register(buffer, "buffer")
 	            time.sleep(0.05)
+	        # A report that was not read yet would go with its region.
+	        time.sleep(0.05)
 	        region.close()
 END
 
