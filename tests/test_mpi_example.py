@@ -100,9 +100,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     daemon.close()
 
 
-def test_daemon_sees_each_buffer_of_each_rank_come_and_go(
-    daemon: Daemon, tmp_path: Path
-) -> None:
+def test_daemon_sees_each_buffer_of_each_rank_come_and_go(daemon: Daemon) -> None:
     finished = run_ranks(daemon.path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     lines = finished.stdout.splitlines()
