@@ -56,7 +56,6 @@ from aioummu._records import (
     unpack,
 )
 from aioummu._regions import Region, address_range
-from aioummu._shared import SharedDevice, open_shared
 
 __all__ = [
     "DEFAULT_PATH",
@@ -90,7 +89,6 @@ __all__ = [
     "ReadinessKind",
     "Record",
     "Region",
-    "SharedDevice",
     "SubinterpreterError",
     "TooManyRegionsError",
     "UmmunotifyError",
@@ -102,6 +100,5 @@ __all__ = [
     "decode",
     "open_device",
     "open_notifier",
-    "open_shared",
     "unpack",
 ]

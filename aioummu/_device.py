@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aioummu import _abi
@@ -150,20 +151,29 @@ class Device:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise _open_error(error) from error
-        self._setup(fd, fresh=True)
+        try:
+            self._setup(fd, fresh=True)
+        except BaseException:
+            os.close(fd)
+            raise
 
     @classmethod
     def from_fd(cls, fd: int) -> Self:
         """Return a device for a descriptor that is open already.
 
-        Typically one that another process has opened and sent here: that
-        process is then the watched one, whose addresses the regions mean.
+        Typically one that another process has opened and sent here, as SCM_RIGHTS
+        through a Unix socket: that process is then the watched one, whose addresses
+        the regions mean, whoever registers them. Reports go to whoever reads first.
 
-        The device owns the descriptor from then on, and has made it non-blocking.
+        The sender is not trusted: what it sent is not touched before it is known to
+        be an ummunotify device, and nothing that it does makes readinto() wait. The
+        device owns the descriptor from then on.
 
-        :raises ForeignDeviceError: if it is something else than an ummunotify
-            device; the descriptor is closed then as well
+        :raises ForeignDeviceError: if it is something else; the descriptor is left
+            to the caller then. To close it can take as long as the sender likes (a
+            socket that lingers, a file system of its own): do so in a thread.
         """
+        _check_kind(fd)
         device = cls.__new__(cls)
         device._fd = -1
         device._forked = False
@@ -174,11 +184,7 @@ class Device:
         return device
 
     def _setup(self, fd: int, *, fresh: bool) -> None:
-        try:
-            self._map, self._page = _recognise(fd, fresh=fresh)
-        except BaseException:
-            os.close(fd)
-            raise
+        self._map, self._page = _recognise(fd, fresh=fresh)
         self._fd = fd
         track(self)
 
@@ -278,20 +284,6 @@ class Device:
         """Return True: the driver counts a change before the first page goes."""
         return True
 
-    def share(self) -> int:
-        """Return a descriptor for another process that is to read the records.
-
-        It is to be sent through a Unix socket (``socket.send_fds()``) and closed
-        here; the receiver calls :func:`open_shared`. The regions are registered
-        here, and reports go to whoever reads first: so do not read any more. The
-        receiver can register regions as well, but learns addresses and times only,
-        never contents.
-
-        :raises ClosedError: if the device is closed
-        :raises ForkedError: in a forked child
-        """
-        return fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
-
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read records into a buffer of at least 32 bytes.
 
@@ -383,6 +375,18 @@ class Device:
         if code == errno.ENOTTY:
             return _foreign(error)
         return DeviceError(code, f"the device refused: {error.strerror}")
+
+
+def _check_kind(fd: int) -> None:
+    """Ask the kernel only, not the file: its file system could take its time."""
+    try:
+        facts = Path(f"/proc/self/fdinfo/{fd}").read_text("utf-8", "replace")
+    except OSError as error:
+        raise _foreign(error) from error
+    if "\nummunotify-generation:" not in facts:
+        raise ForeignDeviceError(
+            errno.ENOTTY, "this descriptor is not of an ummunotify device"
+        )
 
 
 def _recognise(fd: int, *, fresh: bool) -> tuple[mmap.mmap, memoryview | OrderedPage]:

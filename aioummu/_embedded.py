@@ -207,34 +207,46 @@ class EmbeddedDevice:
         result = lib.aioummu_fence()
         return result != -errno.ETIMEDOUT and not self._check(result)
 
-    def share(self) -> int:
-        """Return a descriptor for another process that is to read the records.
+    def forward(self, fd: int) -> None:
+        """Send all records to another process from now on.
 
-        It is to be sent through a Unix socket (``socket.send_fds()``) and closed
-        here; the receiver calls :func:`open_shared`. A thread of the engine feeds
-        it from then on, so do not read any more. Nothing in this process ever waits
-        for the receiver: as long as that one does not read, reports coalesce here.
-        If it is gone, they are kept for another call of this method.
+        They go through a connected SOCK_SEQPACKET socket of the AF_UNIX family, in
+        packets of up to 64 whole records, which :func:`unpack` takes apart. A thread
+        of the engine does that, without the interpreter. Nothing else in this process
+        ever waits for the receiver: as long as that one does not read, reports
+        coalesce here. It ends with the connection or the device, and if the receiver
+        is gone, reports are kept for the next call of this method. So do not read
+        here meanwhile. close() sends what is left, as far as there is room.
 
-        :raises DeviceError: if the records go to another process already, or there
-            are no descriptors, no memory or no thread left
+        A receiver that does not trust this process reads from a socket of which
+        nobody else has its end: one that it has accepted or connected.
+
+        :param fd: the socket; it is duplicated, and can be used and closed
+        :raises DeviceError: if the records go to another process already (EBUSY), if
+            it is another kind of socket, or if there are no descriptors, no memory or
+            no thread left
         :raises ClosedError: if the device is closed
         :raises ForkedError: in a forked child
         """
         if not self._number:
             raise self._gone()
-        result: int = lib.aioummu_share(self._number)
-        if result == -errno.EBUSY:
+        code = -lib.aioummu_forward(self._number, fd)
+        if code in {0, errno.EBADF, errno.EOWNERDEAD}:
+            self._check(-code)
+            return
+        if code == errno.EBUSY:
             raise DeviceError(
-                errno.EBUSY,
+                code,
                 "another process reads the records of this device already: close "
-                "what was shared before, or open another device",
+                "that connection first, or open another device",
             )
-        if result < 0 and -result not in {errno.EBADF, errno.EOWNERDEAD}:
+        if code == errno.EPROTOTYPE:
             raise DeviceError(
-                -result, f"the device cannot be shared: {os.strerror(-result)}"
+                code,
+                f"records go through a Unix socket of type SOCK_SEQPACKET, which "
+                f"descriptor {fd} is not",
             )
-        return self._check(result)
+        raise DeviceError(code, f"no records can be forwarded: {os.strerror(code)}")
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read records into a buffer of at least 32 bytes.
@@ -258,6 +270,7 @@ class EmbeddedDevice:
         number, self._number = self._number, 0
         if number:
             self._release_page()
+            lib.aioummu_flush(number)
             lib.aioummu_close(number)
 
     def __enter__(self) -> Self:

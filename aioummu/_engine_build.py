@@ -34,7 +34,8 @@ ffibuilder.cdef(
     ssize_t aioummu_read(int notifier, void *buffer, size_t size);
     int aioummu_generation(int notifier, uint64_t *generation);
     int aioummu_fence(void);
-    int aioummu_share(int notifier);
+    int aioummu_forward(int notifier, int socket);
+    void aioummu_flush(int notifier);
     void aioummu_close(int notifier);
 
     #define AIOUMMU_MAX_REGIONS ...
@@ -43,9 +44,9 @@ ffibuilder.cdef(
 
 _SOURCES = [
     "engine/engine.c",
+    "engine/forward.c",
     "engine/mappings.c",
     "engine/ranges.c",
-    "engine/share.c",
 ]
 _HEADERS = [
     "engine/descriptor.h",

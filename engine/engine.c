@@ -1679,6 +1679,8 @@ void aioummu_close(int number)
 			break;
 		if (!remove_some_regions(notifier)) {
 			ranges_remove(&engine.notifiers, &notifier->number);
+			/* Who has a duplicate learns that it is the end. */
+			ring(&notifier->doorbell);
 			bell_close(&notifier->doorbell);
 			pool_give(&engine.notifier_pool, notifier);
 			notifier = NULL;

@@ -99,13 +99,22 @@ int aioummu_generation(int notifier, uint64_t *generation);
 int aioummu_fence(void);
 
 /*
- * Returns a descriptor from which another process can read the records of this
- * notifier, as whole packets of a socket; to be sent there and closed here.  It
- * reads end of file when the notifier is closed.  A thread of its own feeds it, and
- * nobody else ever waits for the reader: while that one is slow, reports coalesce.
- * Do not read the notifier any more.
+ * Sends the records of this notifier through a connected SOCK_SEQPACKET socket of
+ * the AF_UNIX family from now on, so that another process can read them, as packets
+ * of up to 64 whole records.  A thread of its own does so, and nobody else ever
+ * waits for the reader: while that one is slow, reports coalesce.  It ends with the
+ * notifier or the connection.  It has a duplicate of the socket; the caller may go
+ * on using his, or close it.  Do not read the notifier meanwhile.  -EPROTOTYPE if
+ * it is another socket, -EBUSY if there is such a thread.
  */
-int aioummu_share(int notifier);
+int aioummu_forward(int notifier, int socket);
+
+/*
+ * Sends what there is to be sent, as far as the reader has left room, from the
+ * calling thread: before the notifier is closed or the process ends, so that the
+ * thread's records are not lost with it.
+ */
+void aioummu_flush(int notifier);
 
 /* Returns a duplicate of the notifier's doorbell. */
 int aioummu_doorbell(int notifier);

@@ -47,6 +47,7 @@
 #include <linux/poll.h>
 #include <linux/rbtree_augmented.h>
 #include <linux/sched/signal.h>
+#include <linux/seq_file.h>
 #include <linux/slab.h>
 #include <linux/spinlock.h>
 #include <linux/uaccess.h>
@@ -129,6 +130,7 @@ struct ummunotify_region {
  * @ranges:	regions by (start, cookie), augmented to find overlaps
  * @cookies:	regions by cookie, downwards: the cached node is the highest
  * @nr_regions:	number of regions
+ * @nr_pending:	number of regions in @pending
  * @nr_spares:	number of regions in @spares
  * @spares:	unregistered regions, for the next registrations
  * @pending:	regions with a report that was not read
@@ -159,6 +161,7 @@ struct ummunotify_ctx {
 	struct rb_root_cached	ranges;
 	struct rb_root_cached	cookies;
 	unsigned int		nr_regions;
+	unsigned int		nr_pending;
 	unsigned int		nr_spares;
 	struct list_head	spares;
 	struct list_head	pending;
@@ -512,6 +515,7 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 		region->hint_last = last;
 		region->report = REPORT_PENDING | REPORT_HINT | walk->causes;
 		list_add_tail(&region->pending, &walk->ctx->pending);
+		walk->ctx->nr_pending++;
 		walk->wake = true;
 		ummunotify_hit(walk);
 		return;
@@ -807,6 +811,7 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 		} else {
 			region->report = 0;
 			list_del(&region->pending);
+			ctx->nr_pending--;
 		}
 	}
 	ummunotify_unsettle(ctx);
@@ -1099,6 +1104,7 @@ static long ummunotify_unregister(struct ummunotify_ctx *ctx,
 	ctx->nr_regions--;
 	if (region->report & REPORT_PENDING) {
 		list_del(&region->pending);
+		ctx->nr_pending--;
 		/* The counter has risen, and only LAST is left to explain it. */
 		if (list_empty(&ctx->pending)) {
 			ctx->last_due = true;
@@ -1272,6 +1278,23 @@ static int ummunotify_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
+/* By these lines, who was sent a descriptor recognises it without any risk. */
+static void ummunotify_show_fdinfo(struct seq_file *m, struct file *file)
+{
+	struct ummunotify_ctx *ctx = file->private_data;
+	unsigned int regions, pending;
+	u64 generation;
+
+	raw_spin_lock(&ctx->lock);
+	regions = ctx->nr_regions;
+	pending = ctx->nr_pending;
+	generation = ctx->generation;
+	raw_spin_unlock(&ctx->lock);
+	seq_printf(m, "ummunotify-regions:\t%u\n", regions);
+	seq_printf(m, "ummunotify-pending:\t%u\n", pending);
+	seq_printf(m, "ummunotify-generation:\t%llu\n", generation);
+}
+
 static const struct file_operations ummunotify_fops = {
 	.owner		= THIS_MODULE,
 	.open		= ummunotify_open,
@@ -1282,6 +1305,7 @@ static const struct file_operations ummunotify_fops = {
 	.unlocked_ioctl	= ummunotify_ioctl,
 	.compat_ioctl	= compat_ptr_ioctl,
 	.mmap		= ummunotify_mmap,
+	.show_fdinfo	= ummunotify_show_fdinfo,
 };
 
 /*

@@ -70,6 +70,8 @@ class Documented:
     """By how much it rises."""
     cause: Cause
     """Why, says the event."""
+    cause_maybe: Cause
+    """What it may say besides."""
     spent: bool
     """Whether the region is not watched any more."""
     since: tuple[int, int]
@@ -91,16 +93,20 @@ def _documented(cell: str) -> Documented:
     return Documented(
         match["range"],
         int(match["generation"] or not silent),
-        _cause(match["cause"]),
+        _cause(match["cause"], certain=True),
+        _cause(match["cause"], certain=False),
         match["spent"] is not None,
         (int(major), int(minor)),
     )
 
 
-def _cause(names: str | None) -> Cause:
+def _cause(names: str | None, *, certain: bool) -> Cause:
     cause = Cause(0)
     for name in names.split(", ") if names else ():
-        cause |= Cause[name.replace(" ", "_").upper()]
+        is_certain = not name.startswith("maybe ")
+        if is_certain == certain:
+            word = name.removeprefix("maybe ").replace(" ", "_")
+            cause |= Cause[word.upper()]
     return cause
 
 

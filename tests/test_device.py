@@ -9,9 +9,10 @@ import contextlib
 import errno
 import fcntl
 import os
-import struct
 import re
+import socket
 import stat
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,14 +134,32 @@ def test_a_failed_opening_leaves_no_descriptor(driver: Driver) -> None:
     assert open_files() == before
 
 
-def test_a_descriptor_that_is_in_use_already_can_be_adopted(driver: Driver) -> None:
-    driver.errors = [errno.EINVAL]
-    fd = os.open(driver.path, os.O_RDONLY)
-    with Device.from_fd(fd) as device:
-        assert device.fileno() == fd
-        assert not os.get_blocking(fd)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(fd)
+def foreign_descriptor(kind: str) -> int:
+    match kind:
+        case "a socket":
+            return socket.socket().detach()
+        case "a pipe":
+            receiver, sender = os.pipe()
+            os.close(sender)
+            return receiver
+        case path:
+            return os.open(path, os.O_RDONLY)
+
+
+@pytest.mark.parametrize("kind", [__file__, "/", "/dev/zero", "a pipe", "a socket"])
+def test_a_foreign_descriptor_is_not_touched(kind: str) -> None:
+    fd = foreign_descriptor(kind)
+    with pytest.raises(aioummu.ForeignDeviceError, match="not of an ummunotify"):
+        Device.from_fd(fd)
+    assert os.get_blocking(fd)
+    os.close(fd)
+
+
+def test_a_closed_descriptor_is_refused() -> None:
+    fd = os.dup(0)
+    os.close(fd)
+    with pytest.raises(aioummu.ForeignDeviceError):
+        Device.from_fd(fd)
 
 
 # Using.

@@ -115,7 +115,7 @@ static size_t read_records(int number, size_t room)
 
 static uint64_t generation(int number)
 {
-	uint64_t value;
+	uint64_t value = 0;
 
 	CHECK_EQUAL(aioummu_generation(number, &value), 0);
 	return value;

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -749,6 +750,74 @@ static void causes_belong_to_the_fd_that_asked(const void *unused)
 	expect_inval(&without, 1, page, page_size(), HINT);
 }
 
+static void truncate_when_told(int socket, void *arg)
+{
+	receive_word(socket);
+	CHECK_EQ(ftruncate(*(int *)arg, 0), 0);
+}
+
+static void what_others_do_is_foreign(const void *unused)
+{
+	struct device device = open_device_with_causes(0);
+	int fd = memfd_create("shared", MFD_CLOEXEC);
+	struct peer peer;
+	char *page;
+
+	CHECK_EQ(ftruncate(fd, page_size()), 0);
+	page = map_untouched(1, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+	touch(page, 1);
+	peer = start_peer(truncate_when_told, &fd);
+	register_region(&device, page, page_size(), 1);
+	send_word(peer.socket, 0);
+	join_peer(&peer);
+	/* A kernel can do that in one step or two. */
+	expect_inval(&device, 1, page, page_size(), CLEAR |
+		     UMMUNOTIFY_EVENT_CAUSE_FOREIGN |
+		     (generation(&device) == 1 ? HINT : 0));
+	expect_last(&device, generation(&device));
+	close(fd);
+}
+
+static void expect_fdinfo(const struct device *device, const char *expected)
+{
+	char path[64], text[1024] = "";
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", device->fd);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	CHECK(fd >= 0);
+	CHECK(read(fd, text, sizeof(text) - 1) > 0);
+	close(fd);
+	if (!strstr(text, expected))
+		FAIL("no %s in %s", expected, text);
+}
+
+static void fdinfo_tells_regions_pending_and_generation(const void *unused)
+{
+	struct device device = open_device(0);
+	char *pages = map_pages(3);
+
+	expect_fdinfo(&device, "ummunotify-regions:\t0\n"
+			       "ummunotify-pending:\t0\n"
+			       "ummunotify-generation:\t0\n");
+	for (unsigned int i = 0; i < 3; i++)
+		register_region(&device, pages + i * page_size(), page_size(),
+				i);
+	zap(pages, 2);
+	zap(pages, 1);
+	expect_fdinfo(&device, "ummunotify-regions:\t3\n"
+			       "ummunotify-pending:\t2\n"
+			       "ummunotify-generation:\t2\n");
+	unregister_region(&device, 1);
+	expect_fdinfo(&device, "ummunotify-regions:\t2\n"
+			       "ummunotify-pending:\t1\n"
+			       "ummunotify-generation:\t2\n");
+	drain(&device);
+	expect_fdinfo(&device, "ummunotify-regions:\t2\n"
+			       "ummunotify-pending:\t0\n"
+			       "ummunotify-generation:\t2\n");
+}
+
 static void two_fds_tell_the_same_independently(const void *unused)
 {
 	struct device first = open_device(0), second = open_device(0);
@@ -800,6 +869,8 @@ static const struct test tests[] = {
 	TEST(a_readv_that_faults_loses_nothing),
 	TEST(a_report_has_the_causes_of_all_it_reports),
 	TEST(causes_belong_to_the_fd_that_asked),
+	TEST(what_others_do_is_foreign),
+	TEST(fdinfo_tells_regions_pending_and_generation),
 	TEST(two_fds_tell_the_same_independently),
 };
 

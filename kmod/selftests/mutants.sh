@@ -42,7 +42,7 @@ not_accounted|limits_test|regions_are_charged_to_the_memory_cgroup|s/KMEM_CACHE(
 causes_are_lost|behaviour_test|a_report_has_the_causes_of_all_it_reports|s/^\tregion->report |= walk->causes;//
 causes_are_told_to_all|behaviour_test|causes_belong_to_the_fd_that_asked|s/^\tif (!READ_ONCE(ctx->told_causes))/\tif (0)/
 the_end_has_no_cause|lifetime_test|the_end_is_a_cause|s/^\twalk.causes = UMMUNOTIFY_EVENT_CAUSE_END.*//
-nobody_is_foreign|operations_test|hole_punched_by_another_process|s/^\t\tcauses |= UMMUNOTIFY_EVENT_CAUSE_FOREIGN;/\t\t;/
+nobody_is_foreign|behaviour_test|what_others_do_is_foreign|s/^\t\tcauses |= UMMUNOTIFY_EVENT_CAUSE_FOREIGN;/\t\t;/
 nowait_waits|race_test|a_reader_stuck_in_a_fault_delays_nobody|s/^\tif (nowait)$/\tif (0)/
 nowait_waits_for_reports|wait_test|rwf_nowait_never_waits_whatever_others_set|s/^\t\tif (nowait || iocb->ki_filp/\t\tif (iocb->ki_filp/
 wakes_nobody|wait_test|a_blocking_read_waits_for_a_report epoll_by_edge_comes_once_per_report|s/^\t\twalk->wake = true;//

@@ -780,17 +780,21 @@ static void check_report(const struct row *row, const struct scene *scene)
 	const struct device *device = &scene->device;
 	const char *text = row->column[3];
 	u32 causes = causes_of(row->column[2]);
+	struct ummunotify_event event;
 
 	if (starts_with(text, "nothing")) {
 		expect_nothing(device);
 		CHECK_EQ(causes, 0);
 		return;
 	}
+	CHECK_EQ(read_records(device->fd, &event, 1), 1);
+	if (strchr(row->column[2], '['))
+		event.flags |= causes & UMMUNOTIFY_EVENT_CAUSE_FOREIGN;
 	if (starts_with(text, "exact range"))
-		expect_inval(device, 1, scene->changed, scene->changed_length,
-			     HINT | causes);
+		check_inval(&event, 1, scene->changed, scene->changed_length,
+			    HINT | causes);
 	else if (starts_with(text, "whole region"))
-		expect_inval(device, 1, scene->start, scene->length, causes);
+		check_inval(&event, 1, scene->start, scene->length, causes);
 	else
 		FAIL("what is \"%s\"?", text);
 	expect_last(device, generation(device));
