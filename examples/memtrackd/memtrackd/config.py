@@ -71,6 +71,7 @@ class Config:
     log_file: Path | None
     view: bool
     canary: float
+    nice: int
 
 
 def load_config(
@@ -105,6 +106,7 @@ def _defaults() -> dict[str, Any]:
         "log_file": None,
         "view": False,
         "canary": 5.0,
+        "nice": 10,
     }
 
 
@@ -154,6 +156,12 @@ def _count_or_none(text: str) -> int:
     return int(text)
 
 
+def _niceness(text: str) -> int:
+    if not text.isdigit() or int(text) > 19:  # noqa: PLR2004
+        raise ValueError("a number from 0 to 19")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -190,6 +198,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "log_file": _path,
     "view": _switch,
     "canary": _seconds,
+    "nice": _niceness,
 }
 
 
@@ -285,4 +294,5 @@ def _parser() -> argparse.ArgumentParser:
         "how often to unmap a page of the daemon's own to measure latency "
         "(default: 5), or 0",
     )
+    add("nice", "N", "let clients go first where CPUs are short (default: 10), or 0")
     return parser

@@ -46,6 +46,7 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
     :raises StartError: if a socket or file cannot be opened
     """
     supervisor = Supervisor()
+    _give_way(config.nice)
     async with AsyncExitStack() as stack:
         sockets = stack.enter_context(_listening(config))
         writer = _open_writer(config)
@@ -97,6 +98,18 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
             supervisor.notify("STOPPING=1")
             log.ending(signal.Signals(number).name)
             tasks.cancel_scope.cancel()
+
+
+def _give_way(nice: int) -> None:
+    """Leave it to clients to use the CPUs first, see nice(7).
+
+    Before there are threads, which take it over. Reports coalesce until they are
+    read, so that nothing is missed when the daemon gets to run later.
+    """
+    if os.getpriority(os.PRIO_PROCESS, 0) < nice:
+        # A sandbox may refuse that. Its unit has a Nice= for it.
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
 
 
 def _monotonic() -> str:
