@@ -10,12 +10,17 @@ import anyio
 from memtrackd.config import ConfigError, load_config
 from memtrackd.service import StartError, run
 
+#: Seconds after which a thread lets another one have the GIL.
+SWITCH_INTERVAL = 0.0005
+
 
 def main() -> int:
     """Run the daemon.
 
     :returns: 0, or 2 if it cannot start
     """
+    # Events do not wait for the thread that writes the metrics down.
+    sys.setswitchinterval(SWITCH_INTERVAL)
     errors: list[BaseException] = []
     try:
         config = load_config()
