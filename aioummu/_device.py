@@ -295,7 +295,9 @@ class Device:
         :raises ForkedError: in a forked child
         """
         try:
-            return os.preadv(self._fd, (buffer,), -1, self._read_flags)
+            if self._read_flags:
+                return os.preadv(self._fd, (buffer,), -1, self._read_flags)
+            return os.readv(self._fd, (buffer,))
         except BlockingIOError:
             return None
         except OSError as error:
@@ -378,9 +380,17 @@ class Device:
 
 
 def _check_kind(fd: int) -> None:
-    """Ask the kernel only, not the file: its file system could take its time."""
+    """Ask the kernel only, not the file: it could take its time."""
     try:
+        # Only files have a path; some of the others wait even here (epoll).
+        path = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path it may be
+        if not path.startswith("/"):
+            raise ForeignDeviceError(
+                errno.ENOTTY, f"this descriptor is not of an ummunotify device: {path}"
+            )
         facts = Path(f"/proc/self/fdinfo/{fd}").read_text("utf-8", "replace")
+    except ForeignDeviceError:
+        raise
     except OSError as error:
         raise _foreign(error) from error
     if "\nummunotify-generation:" not in facts:

@@ -227,11 +227,11 @@ def test_readinto_returns_the_size(driver: Driver) -> None:
 def test_readinto_without_anything_there_is_none(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(_fd: int, _buffers: object, _offset: int, _flags: int) -> int:
+    def nothing(_fd: int, _buffers: object) -> int:
         raise BlockingIOError(errno.EAGAIN, "nothing")
 
     with Device(driver.path) as device:
-        monkeypatch.setattr(os, "preadv", nothing)
+        monkeypatch.setattr(os, "readv", nothing)
         assert device.readinto(bytearray(32)) is None
 
 

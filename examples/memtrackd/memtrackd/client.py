@@ -11,12 +11,16 @@ addresses, names and times, never contents. No event loop is needed.
 
 Nothing here ever waits for the daemon, but for its answer to :func:`attach`, which
 has a time limit. If it is slow, stopped or dead, the program goes on as if nobody
-had asked; what could not be said is said with a later call, also to a daemon that
-was started again.
+had asked; what could not be said is said with a later call (:meth:`Tracker.flush`, if
+there is no other), also to a daemon that was started again.
+
+On the driver, the daemon gets the device itself. So it is trusted that far: it could
+register addresses, or unregister them. Contents it can never see.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import itertools
@@ -41,6 +45,10 @@ if TYPE_CHECKING:
 
 #: Seconds between attempts to find the daemon again.
 RETRY = 1.0
+#: The same after it has refused again and again.
+LONGEST_RETRY = 60.0
+
+_LATER = {errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOMEM}
 
 
 class AttachError(Exception):
@@ -51,16 +59,16 @@ def default_socket() -> Path:
     """Return where the daemon is looked for.
 
     That is ``$MEMTRACKD_SOCKET``; or where a daemon of the system listens, if there
-    is one or this is root; or below ``$XDG_RUNTIME_DIR``.
+    is one or this is root; or below ``$XDG_RUNTIME_DIR`` or the home directory.
     """
     if path := os.environ.get("MEMTRACKD_SOCKET"):
         return Path(path)
     system = Path("/run/memtrackd/memtrackd.sock")
-    if os.geteuid() == 0 or system.exists():
+    if os.geteuid() == 0 or os.access(system, os.F_OK):
         return system
     if directory := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(directory, "memtrackd.sock")
-    return Path(f"/tmp/memtrackd-{os.getuid()}/memtrackd.sock")  # noqa: S108
+    return Path.home() / ".memtrackd" / "memtrackd.sock"
 
 
 def attach(
@@ -87,7 +95,7 @@ def attach(
     path = default_socket() if socket is None else Path(socket)
     tracker = Tracker(aioummu.open_device(backend), path, name)
     try:
-        tracker.connect(timeout)
+        tracker._attach(timeout)  # noqa: SLF001 - the same module
     except AttachError:
         if required:
             tracker.close()
@@ -153,29 +161,33 @@ class Region:
 class Tracker:
     """What the daemon tracks of this process; a context manager.
 
-    Synchronization: any thread may call anything. In a forked child it is closed:
-    attach there.
+    Synchronization: any thread may call anything, finalizers included. In a forked
+    child it is closed, and what is registered there is not tracked: attach there.
     """
 
     def __init__(
         self, device: aioummu.Device | aioummu.EmbeddedDevice, path: Path, name: str
     ) -> None:
         self.device = device
-        """The device; its records are read by the daemon."""
+        """The device, whose records go to the daemon."""
         self._path = path
         self._name = name
-        self._backend = device.backend
-        self._lock = threading.Lock()
+        # Reentrant: a finalizer that unregisters can run anywhere.
+        self._lock = threading.RLock()
         self._cookies = itertools.count(1)
         self._regions: dict[int, protocol.RegionEntry] = {}
         # What the daemon was told of, and has to be told of.
         self._told: set[int] = set()
         self._new: dict[int, protocol.RegionEntry] = {}
         self._gone: set[int] = set()
+        self._telling = False
         self._socket: socket.socket | None = None
         self._error: str | None = None
         self._closed = False
+        self._forked = False
         self._retry_at = 0.0
+        self._retry_after = RETRY
+        self._connected_at = 0.0
         _trackers.add(self)
 
     @property
@@ -192,29 +204,6 @@ class Tracker:
             self._listen()
             return self._error
 
-    def connect(self, timeout: float) -> None:
-        """Attach, and wait for the answer; done by :func:`attach`.
-
-        :raises AttachError: if there is no daemon, it does not answer within
-            *timeout* seconds, or refuses
-        """
-        with self._lock:
-            try:
-                self._connect()
-            except OSError as error:
-                raise _attach_error(self._path, error) from error
-            connection = self._socket
-        if connection is None or not _is_readable(connection, timeout):
-            self._hang_up("no answer")
-            raise AttachError(
-                f"the daemon at {self._path} does not answer within {timeout:g} s: "
-                "is it stopped, or overloaded?"
-            )
-        with self._lock:
-            self._listen()
-            if self._socket is None:
-                raise AttachError(f"the daemon at {self._path} refuses: {self._error}")
-
     @overload
     def register(self, buffer: Buffer, name: str, /) -> Region: ...
 
@@ -228,6 +217,7 @@ class Tracker:
         will tell.
 
         :raises MessageError: if the name is no name
+        :raises aioummu.ClosedError: if the tracker is closed
         :raises aioummu.UmmunotifyError: as :meth:`aioummu.Notifier.register`
         """
         match arguments:
@@ -241,41 +231,55 @@ class Tracker:
             entry = protocol.checked_entry(
                 protocol.RegionEntry(next(self._cookies), start, end, name)
             )
-            if not self._closed:
+            region = Region(self, entry)
+            if self._forked:
+                return region
+            if self._closed:
+                raise aioummu.ClosedError("the tracker was closed")
+            # Announced first: no report may come earlier than its name.
+            self._regions[entry.cookie] = self._new[entry.cookie] = entry
+            self._tell()
+            try:
                 self.device.register(start, end, entry.cookie)
-                self._regions[entry.cookie] = self._new[entry.cookie] = entry
-                self._flush()
-        return Region(self, entry)
+            except BaseException:
+                self._forget(entry.cookie)
+                self._tell()
+                raise
+        return region
 
     def unregister(self, region: Region) -> None:
         """Stop tracking a region; harmless if repeated."""
         with self._lock:
-            cookie = region.cookie
-            if self._closed or self._regions.pop(cookie, None) is None:
-                return
-            self.device.unregister(cookie)
-            self._new.pop(cookie, None)
-            if cookie in self._told:
-                self._told.discard(cookie)
-                self._gone.add(cookie)
-            self._flush()
+            if not self._closed and region.cookie in self._regions:
+                self._forget(region.cookie)
+                # The daemon has the driver's file as well, and may have done so.
+                with contextlib.suppress(aioummu.UnknownCookieError):
+                    self.device.unregister(region.cookie)
+                self._tell()
 
     def flush(self) -> bool:
-        """Say what could not be said before; return whether the daemon knows all."""
+        """Say what could not be said before; return whether the daemon knows all.
+
+        A program that registers at its start and then computes for hours calls this
+        now and then: it is also what finds a daemon that was started again.
+        """
         with self._lock:
             if not self._closed:
-                self._flush()
+                self._tell()
             return self._socket is not None and not (self._new or self._gone)
 
     def close(self) -> None:
-        """Let the daemon see the end, and stop watching; harmless if repeated."""
+        """Stop watching, and let the daemon see the end; harmless if repeated."""
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
-            self._flush()
-            self._disconnect()
-            self.device.close()
+            try:
+                self._tell()
+            finally:
+                self._closed = True
+                # Sends what is to be reported yet, so it goes first.
+                self.device.close()
+                self._hang_up(None)
 
     def __enter__(self) -> Self:
         return self
@@ -294,33 +298,62 @@ class Tracker:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name!r} at {str(self._path)!r}>"
 
+    def _attach(self, timeout: float) -> None:
+        """Connect, and wait for the answer."""
+        with self._lock:
+            try:
+                self._connect()
+            except aioummu.DeviceError:
+                raise
+            except OSError as error:
+                raise _attach_error(self._path, error) from error
+            connection = self._socket
+        # Nobody else knows the tracker yet.
+        if connection is None or not _is_readable(connection, timeout):
+            self._hang_up("it did not answer")
+            raise AttachError(
+                f"the daemon at {self._path} does not answer within {timeout:g} s: "
+                "is it stopped, or overloaded?"
+            )
+        if not self.attached:
+            raise AttachError(f"the daemon at {self._path} refuses: {self._error}")
+
     # Under the lock.
+
+    def _forget(self, cookie: int) -> None:
+        del self._regions[cookie]
+        self._new.pop(cookie, None)
+        if cookie in self._told:
+            self._told.discard(cookie)
+            self._gone.add(cookie)
 
     def _connect(self) -> None:
         """Say hello, without waiting for an answer."""
-        hello = protocol.encode_hello(protocol.Hello(self._name, self._backend))
+        device = self.device
+        hello = protocol.encode_hello(protocol.Hello(self._name, device.backend))
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.setblocking(False)
             connection.connect(os.fspath(self._path))
-            fd = self.device.share()
-            try:
-                socket.send_fds(connection, [hello], [fd])
-            finally:
-                os.close(fd)
+            if isinstance(device, aioummu.EmbeddedDevice):
+                connection.send(hello)
+                device.forward(connection.fileno())
+            else:
+                socket.send_fds(connection, [hello], [device.fileno()])
         except BaseException:
             connection.close()
             raise
         self._socket = connection
+        self._connected_at = time.monotonic()
         self._error = None
         self._new = dict(self._regions)
-        self._told.clear()
-        self._gone.clear()
+        self._told = set()
+        self._gone = set()
 
     def _reconnect(self) -> None:
         now = time.monotonic()
         if now >= self._retry_at:
-            self._retry_at = now + RETRY
+            self._retry_at = now + self._retry_after
             with contextlib.suppress(OSError):
                 self._connect()
 
@@ -333,53 +366,77 @@ class Tracker:
             except BlockingIOError:
                 return
             except (OSError, protocol.MessageError) as error:
-                self._hang_up_locked(str(error))
+                self._hang_up(str(error))
                 return
             if answer is None:
-                self._hang_up_locked("it is gone")
+                self._hang_up("it is gone")
             elif isinstance(answer, protocol.Refusal):
-                self._hang_up_locked(answer.error)
+                self._hang_up(answer.error)
+                # It would mostly refuse again.
+                stayed = time.monotonic() - self._connected_at
+                longer = min(2 * self._retry_after, LONGEST_RETRY)
+                self._retry_after = longer if stayed < LONGEST_RETRY else RETRY
 
-    def _flush(self) -> None:
-        self._listen()
-        if self._socket is None and not self._closed:
-            self._reconnect()
-        if self._socket is None:
+    def _tell(self) -> None:
+        """Send what there is to say, as far as there is room."""
+        if self._telling:
+            # A finalizer came in between: what it leaves is seen there.
             return
-        packets = protocol.encode_updates(list(self._new.values()), list(self._gone))
-        for packet, update in packets:
-            try:
-                self._socket.send(packet)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                if error.errno not in {errno.ENOBUFS, errno.ENOMEM}:
-                    self._listen()
-                    self._hang_up_locked(error.strerror or "it is gone")
-                return
-            for entry in update.register:
-                del self._new[entry.cookie]
+        self._telling = True
+        try:
+            self._listen()
+            if self._socket is None:
+                self._reconnect()
+            while self._socket is not None and (self._gone or self._new):
+                if not self._send(self._next_update()):
+                    return
+        finally:
+            self._telling = False
+
+    def _next_update(self) -> protocol.Update:
+        if self._gone:
+            gone = itertools.islice(self._gone, protocol.COOKIES)
+            return protocol.Update(unregister=tuple(gone))
+        new = itertools.islice(self._new.values(), protocol.ENTRIES)
+        return protocol.Update(register=tuple(new))
+
+    def _send(self, update: protocol.Update) -> bool:
+        packet = protocol.encode_update(update)
+        if self._socket is None:
+            return False
+        try:
+            self._socket.send(packet)
+        except OSError as error:
+            if error.errno not in _LATER:
+                self._listen()
+                self._hang_up(error.strerror)
+            return False
+        self._gone.difference_update(update.unregister)
+        for entry in update.register:
+            if self._new.pop(entry.cookie, None) is None:
+                # Unregistered meanwhile.
+                self._gone.add(entry.cookie)
+            else:
                 self._told.add(entry.cookie)
-            self._gone.difference_update(update.unregister)
+        return True
 
-    def _hang_up(self, reason: str) -> None:
-        with self._lock:
-            self._hang_up_locked(reason)
-
-    def _hang_up_locked(self, reason: str) -> None:
+    def _hang_up(self, reason: str | None) -> None:
         if self._error is None:
             self._error = reason
-        self._disconnect()
-
-    def _disconnect(self) -> None:
         connection, self._socket = self._socket, None
         if connection is not None:
+            # The thread that forwards has a duplicate.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
     def _after_fork_in_child(self) -> None:
-        self._lock = threading.Lock()
-        self._closed = True
-        self._disconnect()
+        self._lock = threading.RLock()
+        self._telling = False
+        self._closed = self._forked = True
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
 
 
 # Finalizers and fork handlers can come at any time: no lock.
@@ -392,6 +449,13 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@atexit.register
+def _close_all() -> None:
+    """Report what happened last, though the program did not close its tracker."""
+    for tracker in list(_trackers):
+        tracker.close()
 
 
 def _is_readable(connection: socket.socket, timeout: float) -> bool:

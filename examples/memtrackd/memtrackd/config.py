@@ -31,8 +31,8 @@ the permissions of the socket; who may look, by the address of --http, which is 
 local host unless you choose another.
 
 SIGTERM and SIGINT read what is still to be read, and end with status 0. SIGHUP reads
-the file again (log, max-clients, max-regions, keep-ended), and opens the log file
-again.
+the file again (log, max-clients, max-regions, max-all-regions, keep-ended), and opens
+the log file again.
 """
 
 
@@ -66,6 +66,7 @@ class Config:
     http: HttpAddress | None
     max_clients: int
     max_regions: int
+    max_all_regions: int
     keep_ended: int
     log: LogFormat
     log_file: Path | None
@@ -101,6 +102,7 @@ def _defaults() -> dict[str, Any]:
         "http": HttpAddress("127.0.0.1", 9412),
         "max_clients": 256,
         "max_regions": protocol.REGION_LIMIT,
+        "max_all_regions": 1 << 20,
         "keep_ended": 100,
         "log": "text",
         "log_file": None,
@@ -193,6 +195,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "http": _http,
     "max_clients": _count,
     "max_regions": _count,
+    "max_all_regions": _count,
     "keep_ended": _count_or_none,
     "log": _log,
     "log_file": _path,
@@ -282,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("max-clients", "N", "clients at a time (default: 256)")
     add("max-regions", "N", f"regions of a client (default: {protocol.REGION_LIMIT})")
+    add("max-all-regions", "N", "regions of all clients (default: 1048576)")
     add("keep-ended", "N", "clients to remember after they ended (default: 100)")
     add("log", "FORMAT", "lines on standard error: text, json or off (default: text)")
     add("log-file", "FILE", "append the lines to a file instead")

@@ -1,4 +1,8 @@
-"""Where clients come in: the Unix socket, who they are, and their notifiers."""
+"""Where clients come in: the Unix socket, who they are, and what they report.
+
+Clients are not trusted. None of them can hold up the event loop: what could wait for
+one is done by :mod:`memtrackd.chores`, and who sends a lot rests in between.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,21 @@ import array
 import contextlib
 import errno
 import os
-import pwd
 import socket
 import struct
 import time
 from collections import Counter
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
+import anyio.lowlevel
 import attrs
-from anyio import to_thread
 
 import aioummu
 from memtrackd import protocol
+from memtrackd.chores import Closer, UserNames, printable
 from memtrackd.tracking import Credentials, TooManyRegionsError
 
 if TYPE_CHECKING:
@@ -30,19 +34,28 @@ if TYPE_CHECKING:
 
 #: Seconds that a client has for its first message.
 HELLO_TIMEOUT = 5.0
-#: Seconds for finding out what a user is called.
-USER_TIMEOUT = 1.0
 #: Seconds without a descriptor to accept the next client with.
 ACCEPT_PAUSE = 0.1
-#: Reads of a notifier that are made for the reports still in it when the daemon
-#: ends: whoever goes on changing memory does not keep it from ending.
-FINAL_READS = 64
+#: Seconds between two lines about that.
+COMPLAIN_EVERY = 60.0
+#: Seconds for what clients have sent before the daemon was told to end.
+DRAIN_TIME = 2.0
+#: Packets of a client that are taken in at once.
+PACKETS_AT_ONCE = 16
+#: Seconds that a client rests for each region that it announces, or change.
+REST = 10e-6
+#: Seconds until a notifier is read again that was readable in vain.
+VAIN_REST = 0.01
 
-# Descriptors that a message may bring. One is wanted; of more than these the kernel
-# closes the rest.
-_MOST_DESCRIPTORS = 8
-_CREDENTIALS = struct.Struct("3i")
+# As many descriptors as the kernel lets a message bring (SCM_MAX_FD, unix(7)). With
+# less room it would close the rest, in this thread.
+_MOST_DESCRIPTORS = 253
 _DESCRIPTOR_SIZE = array.array("i").itemsize
+_ROOM = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _DESCRIPTOR_SIZE)
+_CREDENTIALS = struct.Struct("iII")
+# From Linux 6.16 on: messages may not bring descriptors.
+_SO_PASSRIGHTS = 83
+_RECORDS_AT_ONCE = 256
 
 
 class Log(Protocol):
@@ -69,9 +82,13 @@ class _RefusedError(Exception):
         self.kind = kind
 
 
+class _LeftError(Exception):
+    """A client that has left, or whose memory is gone."""
+
+
 @attrs.define(eq=False)
 class Intake:
-    """Lets clients attach, and reads what their notifiers report.
+    """Lets clients attach, and reads what they report.
 
     Synchronization: for the event loop's thread only.
     """
@@ -84,6 +101,10 @@ class Intake:
     refused: Counter[str] = attrs.field(factory=Counter)
     """How many clients were sent away, by the kind of reason."""
     _connections: int = 0
+    _closer: Closer = attrs.field(factory=Closer)
+    _users: UserNames = attrs.field(factory=UserNames)
+    _drain_until: float | None = None
+    _complain_at: float = 0.0
 
     async def serve(self, listener: socket.socket) -> None:
         """Take clients in until cancelled; then, each is read a last time."""
@@ -92,6 +113,8 @@ class Intake:
             while True:
                 connection = await self._accept(listener)
                 tasks.start_soon(self._attend, connection)
+                # What is readable all the time cannot be cancelled otherwise.
+                await anyio.lowlevel.checkpoint()
 
     async def _accept(self, listener: socket.socket) -> socket.socket:
         while True:
@@ -99,27 +122,34 @@ class Intake:
             try:
                 connection, _ = listener.accept()
             except OSError as error:
-                if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS}:
-                    self.log.trouble(f"no client can be accepted: {error.strerror}")
+                if error.errno == errno.EINVAL:
+                    # Somebody else who has it has shut it down.
+                    raise
+                if error.errno not in {errno.EAGAIN, errno.ECONNABORTED}:
+                    self._complain(f"no client can be accepted: {error.strerror}")
                     await anyio.sleep(ACCEPT_PAUSE)
-                # Else it is gone already, or another process was faster.
+                await anyio.lowlevel.checkpoint()
                 continue
             connection.setblocking(False)
             return connection
 
     async def _attend(self, connection: socket.socket) -> None:
-        """Do everything for one client."""
+        """Do everything for one client; what goes wrong does so for this one."""
         self._connections += 1
-        with connection:
-            credentials = await _credentials(connection)
+        try:
+            credentials = await self._credentials(connection)
             try:
                 await self._attend_to(connection, credentials)
             except _RefusedError as error:
                 self.refused[error.kind] += 1
                 self.log.refused(credentials, str(error))
                 _answer(connection, protocol.Refusal(str(error)))
-            finally:
-                self._connections -= 1
+        except Exception as error:  # noqa: BLE001 - a bug is not an outage for others
+            self.refused["internal error"] += 1
+            self.log.trouble(f"a client was dropped: {error!r}")
+        finally:
+            self._connections -= 1
+            self._closer.hang_up(connection)
 
     async def _attend_to(
         self, connection: socket.socket, credentials: Credentials
@@ -129,188 +159,246 @@ class Intake:
             raise _RefusedError(
                 "too many clients", f"at most {self.max_clients} clients at a time"
             )
+        if self._closer.is_stuck:
+            raise _RefusedError(
+                "too many clients",
+                "too much that clients have sent cannot be closed: the daemon has to "
+                "be started again",
+            )
+        visit = _Visit(self, connection)
         with anyio.move_on_after(HELLO_TIMEOUT) as limit:
-            hello, device = await _receive_hello(connection)
+            hello, device = await visit.receive_hello()
         if limit.cancelled_caught:
             raise _RefusedError("no hello", f"no message within {HELLO_TIMEOUT:g} s")
-        async with aioummu.open_notifier(device=device) as notifier:
-            client = self.tracking.attach(
-                hello.name, hello.backend, credentials, time.time()
-            )
-            reason = "the daemon ends"
-            try:
-                _answer(connection, protocol.Welcome(client.id))
-                reason = await self._track(client, connection, notifier)
-            except (_RefusedError, aioummu.DeviceError) as error:
-                reason = str(error)
-                if isinstance(error, aioummu.DeviceError):
-                    raise _RefusedError("bad records", reason) from error
-                raise
-            finally:
-                self._read_the_rest(client, device)
-                self.tracking.end(client, reason, time.time())
-
-    async def _track(
-        self,
-        client: Client,
-        connection: socket.socket,
-        notifier: aioummu.Notifier,
-    ) -> str:
-        """Read both of a client's descriptors; return why that has ended."""
-        reasons: list[str] = []
-
-        async def until(ended: Callable[[], Awaitable[None]], reason: str) -> None:
-            await ended()
-            reasons.append(reason)
-            tasks.cancel_scope.cancel()
-
-        updates = partial(self._receive_updates, client, connection)
-        records = partial(self._receive_records, client, notifier)
-        errors: list[Exception] = []
+        client = self.tracking.attach(
+            hello.name, hello.backend, credentials, time.time()
+        )
+        reason = "the daemon ends"
         try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(until, updates, "it has left")
-                tasks.start_soon(until, records, "its memory is gone")
-        except* (_RefusedError, aioummu.DeviceError) as group:
-            errors += group.exceptions
-        if errors:
-            raise errors[0]
-        return reasons[0]
-
-    async def _receive_records(
-        self, client: Client, notifier: aioummu.Notifier
-    ) -> None:
-        async for records in notifier.raw_batches():
-            self._report(client, records)
-
-    async def _receive_updates(self, client: Client, connection: socket.socket) -> None:
-        while True:
-            await anyio.wait_readable(connection)
-            packet = await _receive(connection)
-            if packet is None:
-                continue
-            if not packet.data:
-                return
-            if packet.descriptors:
-                await _discard(packet.descriptors)
-                raise _RefusedError(
-                    "descriptor", "a descriptor comes with the first message only"
-                )
+            _answer(connection, protocol.Welcome(client.id))
+            reason = await visit.follow(client, device)
+        except _RefusedError as error:
+            reason = str(error)
+            raise
+        finally:
             try:
-                update = protocol.decode_update(packet.data)
-                self.tracking.update(client, update, time.time())
-            except protocol.MessageError as error:
-                raise _RefusedError("malformed message", str(error)) from error
-            except TooManyRegionsError as error:
-                raise _RefusedError("too many regions", str(error)) from error
+                await visit.read_the_rest(client, device)
+            finally:
+                self.tracking.end(client, reason, time.time())
+                if device is not None:
+                    # Its last close unregisters everything, which takes a while.
+                    last = os.dup(device.fileno())
+                    device.close()
+                    self._closer.close([last])
 
-    def _read_the_rest(self, client: Client, device: aioummu.DeviceLike) -> None:
-        buffer = memoryview(bytearray(1024 * aioummu.RECORD_SIZE))
-        with contextlib.suppress(aioummu.UmmunotifyError):
-            for _ in range(FINAL_READS):
-                size = device.readinto(buffer)
-                if not size:
-                    break
-                self._report(client, aioummu.unpack(buffer[:size]))
-
-    def _report(self, client: Client, records: Sequence[aioummu.Record]) -> None:
+    def report(self, client: Client, records: Sequence[aioummu.Record]) -> None:
+        """Take in what one read of a client's notifier gave."""
         begun = time.perf_counter()
         self.tracking.report(client, records, time.time())
         self.delivered(time.perf_counter() - begun)
 
+    def discard(self, descriptors: Sequence[int]) -> None:
+        """Get rid of what a client has sent."""
+        self._closer.close(descriptors)
 
-@attrs.frozen
-class _Packet:
-    data: bytes
-    descriptors: list[int]
+    def drain(self) -> None:
+        """Prepare for the end: from now on, reading has a time limit for all."""
+        self._drain_until = self.drain_until
+
+    @property
+    def drain_until(self) -> float:
+        """When to stop reading what a client that ends has left."""
+        if self._drain_until is not None:
+            return self._drain_until
+        return anyio.current_time() + DRAIN_TIME
+
+    def _complain(self, what: str) -> None:
+        """Write a line, but not all the time."""
+        now = anyio.current_time()
+        if now >= self._complain_at:
+            self._complain_at = now + COMPLAIN_EVERY
+            self.log.trouble(what)
+
+    async def _credentials(self, connection: socket.socket) -> Credentials:
+        packed = connection.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+        )
+        pid, uid, gid = _CREDENTIALS.unpack(packed)
+        return Credentials(
+            pid, uid, gid, await self._users.name_of(uid), _program_name(pid)
+        )
 
 
-async def _receive_hello(
-    connection: socket.socket,
-) -> tuple[protocol.Hello, aioummu.DeviceLike]:
-    packet = None
-    while packet is None:
-        await anyio.wait_readable(connection)
-        packet = await _receive(connection)
-    descriptors = packet.descriptors
-    try:
-        if not packet.data:
-            raise _RefusedError("no hello", "the first message is a hello")
+@attrs.define
+class _Visit:
+    """One connection, and what comes through it."""
+
+    intake: Intake
+    connection: socket.socket
+    buffer: memoryview = attrs.field(
+        factory=lambda: memoryview(bytearray(_RECORDS_AT_ONCE * aioummu.RECORD_SIZE))
+    )
+
+    async def receive_hello(self) -> tuple[protocol.Hello, aioummu.Device | None]:
+        """Return the first message, and what came with it."""
+        packet = None
+        while packet is None:
+            await anyio.wait_readable(self.connection)
+            packet = self._receive()
+        data, descriptors = packet
+        device: aioummu.Device | None = None
         try:
-            hello = protocol.decode_hello(packet.data)
+            if not data:
+                raise _RefusedError("no hello", "the first message is a hello")
+            try:
+                hello = protocol.decode_hello(data)
+            except protocol.MessageError as error:
+                raise _RefusedError("malformed message", str(error)) from error
+            wanted = int(hello.backend == "driver")
+            if len(descriptors) != wanted:
+                raise _RefusedError(
+                    "descriptor",
+                    f"the hello of a client on the {hello.backend} brings {wanted} "
+                    f"descriptors, not {len(descriptors)}",
+                )
+            if wanted:
+                device = _open(descriptors[0])
+                descriptors.clear()
+        except BaseException:
+            self.intake.discard(descriptors)
+            raise
+        with contextlib.suppress(OSError):
+            self.connection.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+        return hello, device
+
+    async def follow(self, client: Client, device: aioummu.Device | None) -> str:
+        """Read all that comes; return why there is no more."""
+        errors: list[Exception] = []
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._forever, partial(self._read_packets, client))
+                if device is not None:
+                    tasks.start_soon(self._read_device, client, device)
+        except* (_LeftError, _RefusedError) as group:
+            errors += group.exceptions
+        [error, *_] = errors
+        if isinstance(error, _RefusedError):
+            raise error
+        return str(error)
+
+    async def read_the_rest(
+        self, client: Client, device: aioummu.Device | None
+    ) -> None:
+        """Read what was sent before the end, as long as there is time for that."""
+        until = self.intake.drain_until
+        gone = _LeftError, _RefusedError, aioummu.UmmunotifyError, OSError
+        with anyio.CancelScope(shield=True):
+            with contextlib.suppress(*gone):
+                while anyio.current_time() < until and await self._read_packets(client):
+                    pass
+            with contextlib.suppress(*gone):
+                while anyio.current_time() < until and device is not None:
+                    if not self._read_records(client, device):
+                        break
+                    await anyio.lowlevel.checkpoint()
+
+    def _read_records(self, client: Client, device: aioummu.Device) -> int | None:
+        """Take in what one read gives; None: there is nothing, 0: nor will there be."""
+        size = device.readinto(self.buffer)
+        if size:
+            self.intake.report(client, aioummu.unpack(self.buffer[:size]))
+        return size
+
+    async def _forever(self, read: Callable[[], Awaitable[int]]) -> None:
+        while True:
+            await anyio.wait_readable(self.connection)
+            await read()
+            await anyio.lowlevel.checkpoint()
+
+    async def _read_device(self, client: Client, device: aioummu.Device) -> None:
+        """Read the reports of the driver."""
+        while True:
+            await anyio.wait_readable(device)
+            # A region is announced before it is registered, and so before this.
+            await self._read_packets(client)
+            size = self._read_records(client, device)
+            if size == 0:
+                raise _LeftError("its memory is gone")
+            # Nothing: somebody else was faster, or lets nobody read.
+            rest = VAIN_REST if size is None else REST * size / aioummu.RECORD_SIZE
+            await anyio.sleep(rest)
+
+    async def _read_packets(self, client: Client) -> int:
+        """Take in what there is, and return how many packets that were."""
+        for count in range(PACKETS_AT_ONCE):
+            packet = self._receive()
+            if packet is None:
+                return count
+            data, descriptors = packet
+            if descriptors:
+                self.intake.discard(descriptors)
+                raise _RefusedError(
+                    "descriptor", "a descriptor comes with the first message only"
+                )
+            if not data:
+                raise _LeftError("it has left")
+            await anyio.sleep(REST * self._take(client, data))
+        return PACKETS_AT_ONCE
+
+    def _take(self, client: Client, data: bytes) -> int:
+        """Take in a packet, and return of how many things it tells."""
+        if data[0] != protocol.BRACE:
+            if client.backend != "embedded" or len(data) % aioummu.RECORD_SIZE:
+                raise _RefusedError(
+                    "malformed message", f"neither JSON nor records: {data[:40]!r}"
+                )
+            records = aioummu.unpack(data)
+            self.intake.report(client, records)
+            return len(records)
+        try:
+            update = protocol.decode_update(data)
+            self.intake.tracking.update(client, update, time.time())
         except protocol.MessageError as error:
             raise _RefusedError("malformed message", str(error)) from error
-        if len(descriptors) != 1:
-            raise _RefusedError(
-                "descriptor",
-                f"a hello brings one descriptor, of a notifier, not {len(descriptors)}",
+        except TooManyRegionsError as error:
+            raise _RefusedError("too many regions", str(error)) from error
+        return len(update.register) + len(update.unregister)
+
+    def _receive(self) -> tuple[bytes, list[int]] | None:
+        """Receive a message with the descriptors it brings; None: there is none now.
+
+        Empty at the end.
+        """
+        try:
+            data, ancillary, flags, _ = self.connection.recvmsg(
+                protocol.PACKET_SIZE,
+                _ROOM,
+                socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
             )
-        return hello, await _open(descriptors, hello.backend)
-    finally:
-        await _discard(descriptors)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b"", []
+        descriptors = array.array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(content) - len(content) % _DESCRIPTOR_SIZE
+                descriptors.frombytes(content[:whole])
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            self.intake.discard(descriptors)
+            raise _RefusedError(
+                "malformed message",
+                f"a message has at most {protocol.PACKET_SIZE} bytes",
+            )
+        return data, descriptors.tolist()
 
 
-async def _open(descriptors: list[int], backend: str) -> aioummu.DeviceLike:
-    """Take the one descriptor out of the list if it is what it should be."""
+def _open(fd: int) -> aioummu.Device:
+    """Return the device; the descriptor is left to the caller if it is none."""
     try:
-        device = aioummu.open_shared(os.dup(descriptors[0]))
-    except OSError as error:  # DeviceError is one
+        return aioummu.Device.from_fd(fd)
+    except aioummu.DeviceError as error:
         raise _RefusedError("descriptor", error.strerror or str(error)) from error
-    if device.backend != backend:
-        device.close()
-        raise _RefusedError(
-            "descriptor",
-            f"the hello says {backend!r}, the descriptor is of {device.backend!r}",
-        )
-    return device
-
-
-async def _receive(connection: socket.socket) -> _Packet | None:
-    """Receive a message with all that it brings; None: there is none now."""
-    room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _DESCRIPTOR_SIZE)
-    try:
-        data, ancillary, flags, _ = connection.recvmsg(
-            protocol.PACKET_SIZE,
-            room,
-            socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
-        )
-    except BlockingIOError:
-        return None
-    except OSError:
-        return _Packet(b"", [])
-    descriptors = array.array("i")
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            whole = len(content) - len(content) % _DESCRIPTOR_SIZE
-            descriptors.frombytes(content[:whole])
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        await _discard(descriptors.tolist())
-        raise _RefusedError(
-            "malformed message",
-            f"a message has at most {protocol.PACKET_SIZE} bytes and one descriptor",
-        )
-    return _Packet(data, descriptors.tolist())
-
-
-async def _discard(descriptors: Sequence[int]) -> None:
-    """Close what a client has sent.
-
-    In a thread: that may wait, for as long as the client likes, if it is a file of
-    a file system of its own, or a socket that lingers.
-    """
-
-    def close() -> None:
-        for fd in descriptors:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-    if descriptors:
-        with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(close, limiter=_DISCARDS)
-
-
-#: Threads that may hang in that at a time.
-_DISCARDS = anyio.CapacityLimiter(16)
 
 
 def _answer(
@@ -321,33 +409,9 @@ def _answer(
         connection.send(protocol.encode_answer(answer), socket.MSG_DONTWAIT)
 
 
-async def _credentials(connection: socket.socket) -> Credentials:
-    packed = connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
-    )
-    pid, uid, gid = _CREDENTIALS.unpack(packed)
-    user = str(uid)
-    # It may be asked of a server somewhere.
-    with anyio.move_on_after(USER_TIMEOUT):
-        user = await to_thread.run_sync(_user_name, uid, abandon_on_cancel=True)
-    return Credentials(pid, uid, gid, user, _program_name(pid))
-
-
 def _program_name(pid: int) -> str:
     try:
         name = Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
     except OSError:
         return "?"
-    return _printable(name) or "?"
-
-
-@lru_cache(maxsize=1024)
-def _user_name(uid: int) -> str:
-    try:
-        return _printable(pwd.getpwuid(uid).pw_name)
-    except KeyError:
-        return str(uid)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(name) or "?"

@@ -24,6 +24,8 @@ LogFormat: TypeAlias = Literal["text", "json", "off"]
 
 #: Lines that wait to be written.
 LINES = 10_000
+#: Regions that come or go at once and have a line each.
+APART = 100
 #: Seconds that the end waits for the last lines.
 PATIENCE = 2.0
 
@@ -40,6 +42,8 @@ class LineWriter:
     def __init__(self, path: Path | None) -> None:
         self.dropped = 0
         """Lines that were not written."""
+        self.lost = False
+        """Whether some of them are not mentioned yet."""
         self._path = path
         self._fd = self._open()
         self._lines: queue.Queue[str | None] = queue.Queue(LINES)
@@ -59,6 +63,7 @@ class LineWriter:
             self._lines.put_nowait(line)
         except queue.Full:
             self.dropped += 1
+            self.lost = True
 
     def reopen(self) -> None:
         """Open the file again, after somebody has moved it away (logrotate)."""
@@ -200,6 +205,14 @@ class LogOutput:
         """Say that regions came and went."""
         if self.style != "off":
             for what, regions in (("unregistered", ended), ("registered", added)):
+                if len(regions) > APART:
+                    self._log.info(
+                        what,
+                        client=client.id,
+                        name=client.name,
+                        regions=len(regions),
+                    )
+                    continue
                 for region in regions:
                     self._log.info(
                         what,
@@ -212,6 +225,9 @@ class LogOutput:
 
     def changed(self, client: Client, changes: Sequence[Change]) -> None:
         """Say what happened to memory."""
+        if self._writer.lost:
+            self._writer.lost = False
+            self._log.warning("dropped", lines=self._writer.dropped)
         if self.style != "off":
             for change in changes:
                 region = client.region(change.cookie)

@@ -100,7 +100,8 @@ class Metrics:
         """
         families = list(self._summary())
         rows = []
-        for client in list(self._tracking.attached):
+        # Those that have ended as well: somebody may not have asked since then.
+        for client in list(self._tracking.clients.values()):
             rows.append(_row(client))
             # Events of others come in between.
             await lowlevel.checkpoint()
@@ -155,13 +156,6 @@ class _Collected(CollectorRegistry):
 
 def _row(client: Client) -> _ClientRow:
     """Copy what a thread may read."""
-    changes: Counter[str] = Counter()
-    causes: Counter[tuple[str, str]] = Counter()
-    for regions in (client.regions, client.ended_regions):
-        for region in regions.values():
-            changes[region.name] += region.changes
-            for cause, count in region.causes.items():
-                causes[region.name, cause] += count
     labels = (
         client.name,
         str(client.credentials.pid),
@@ -173,8 +167,8 @@ def _row(client: Client) -> _ClientRow:
         len(client.regions),
         client.generation,
         client.unattributed,
-        changes,
-        causes,
+        client.changes_by_name.copy(),
+        client.causes_by_name.copy(),
     )
 
 

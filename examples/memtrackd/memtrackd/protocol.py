@@ -4,15 +4,20 @@ A client connects to the daemon's SOCK_SEQPACKET Unix socket and sends::
 
     {"memtrackd": 1, "name": "train.py", "backend": "driver"}
 
-with the descriptor of its notifier (``aioummu.Device.share()``) as SCM_RIGHTS. The
+and, if its backend is the driver, with the descriptor of its device as SCM_RIGHTS. The
 daemon answers ``{"client": 17}``, or ``{"error": "..."}`` and hangs up. After that
 the client only says what its regions are called, whenever it likes::
 
     {"register": [[cookie, start, end, "name"], ...], "unregister": [cookie, ...]}
 
 What is in ``unregister`` goes first. A cookie that is registered again replaces the
-region. The daemon says nothing more, unless it hangs up with an ``error``. Either
-side leaves by closing the socket.
+region; it stands only once in a message. A client announces a region before it
+registers it, so that no report comes earlier than its name.
+
+The records of an embedded client come through the same socket
+(``aioummu.EmbeddedDevice.forward()``), as packets of up to 64 records of 32 bytes;
+their first byte is no brace. The daemon says nothing more, unless it hangs up with an
+``error``. Either side leaves by closing the socket.
 
 Nothing here does any input or output.
 """
@@ -20,12 +25,9 @@ Nothing here does any input or output.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 VERSION = 1
 #: Bytes of a packet; within the smallest buffer that a system has by default.
@@ -36,12 +38,17 @@ NAME_SIZE = 128
 REGION_LIMIT = 1 << 16
 BACKENDS = ("driver", "embedded")
 
+#: What a packet of JSON begins with, and a packet of records never does.
+BRACE = ord("{")
+
 _ADDRESS_LIMIT = 1 << 64
-# As many entries as surely fit a packet: three numbers of 20 digits, a name of which
-# every byte may be escaped, and punctuation.
+# Three numbers of 20 digits, a name of which every byte may be escaped, and
+# punctuation.
 _ENTRY_SIZE = 3 * 22 + 6 * NAME_SIZE + 8
-_ENTRIES = (PACKET_SIZE - 64) // _ENTRY_SIZE
-_COOKIES = (PACKET_SIZE - 64) // 22
+#: As many regions as surely fit a packet.
+ENTRIES = (PACKET_SIZE - 64) // _ENTRY_SIZE
+#: As many cookies as surely fit a packet.
+COOKIES = (PACKET_SIZE - 64) // 22
 
 Json: TypeAlias = dict[str, Any]
 
@@ -104,19 +111,16 @@ def encode_hello(hello: Hello) -> bytes:
     return _encode(packet)
 
 
-def encode_updates(
-    register: Iterable[RegionEntry], unregister: Iterable[int]
-) -> Iterator[tuple[bytes, Update]]:
-    """Return packets that announce it all, each with what it announces."""
-    gone = list(unregister)
-    for first in range(0, len(gone), _COOKIES):
-        cookies = gone[first : first + _COOKIES]
-        yield _encode({"unregister": cookies}), Update(unregister=tuple(cookies))
-    new = list(register)
-    for first in range(0, len(new), _ENTRIES):
-        entries = new[first : first + _ENTRIES]
-        rows = [[e.cookie, e.start, e.end, e.name] for e in entries]
-        yield _encode({"register": rows}), Update(register=tuple(entries))
+def encode_update(update: Update) -> bytes:
+    """Return the packet, of at most :data:`ENTRIES` or :data:`COOKIES`."""
+    message: Json = {}
+    if update.unregister:
+        message["unregister"] = update.unregister
+    if update.register:
+        message["register"] = [
+            [e.cookie, e.start, e.end, e.name] for e in update.register
+        ]
+    return _encode(message)
 
 
 def encode_answer(answer: Welcome | Refusal) -> bytes:
@@ -140,10 +144,13 @@ def decode_update(packet: bytes) -> Update:
     message = _decode(packet)
     if not message or message.keys() - {"register", "unregister"}:
         raise MessageError("an update has 'register' or 'unregister', and nothing else")
-    return Update(
+    update = Update(
         tuple(map(_entry, _list(message, "register"))),
         tuple(_number(cookie, "a cookie") for cookie in _list(message, "unregister")),
     )
+    if len({entry.cookie for entry in update.register}) < len(update.register):
+        raise MessageError("a cookie stands only once in a message")
+    return update
 
 
 def decode_answer(packet: bytes) -> Welcome | Refusal:

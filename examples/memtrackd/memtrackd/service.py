@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import grp
 import os
 import signal
@@ -48,12 +49,21 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
     supervisor = Supervisor()
     _give_way(config.nice)
     async with AsyncExitStack() as stack:
+        # First: from here on, a signal is an orderly end.
+        signals = stack.enter_context(
+            anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        )
         sockets = stack.enter_context(_listening(config))
         writer = _open_writer(config)
         stack.callback(writer.close)
         log = LogOutput(writer, config.log)
         tracking = Tracking(
-            keep_ended=config.keep_ended, region_limit=config.max_regions
+            keep_ended=config.keep_ended,
+            region_limit=config.max_regions,
+            total_limit=config.max_all_regions,
+            broken=lambda listener, error: log.trouble(
+                f"{type(listener).__name__} is not told any more: {error!r}"
+            ),
         )
         feed = web.Feed(tracking)
         intake = Intake(tracking, log, config.max_clients)
@@ -74,9 +84,6 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
             )
             await stack.enter_async_context(web.serve(app, sockets.http))
 
-        signals = stack.enter_context(
-            anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        )
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(intake.serve, sockets.clients)
             if config.canary:
@@ -84,7 +91,7 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
             if config.view:
                 view = View(tracking)
                 tracking.listen(view)
-                tasks.start_soon(view.run)
+                tasks.start_soon(_draw, view, log)
             if supervisor.watchdog:
                 tasks.start_soon(_keep_alive, supervisor, supervisor.watchdog)
             log.started(socket=str(sockets.path), http=sockets.http_address)
@@ -97,6 +104,7 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
                 supervisor.notify("READY=1")
             supervisor.notify("STOPPING=1")
             log.ending(signal.Signals(number).name)
+            intake.drain()
             tasks.cancel_scope.cancel()
 
 
@@ -128,8 +136,15 @@ async def _keep_alive(supervisor: Supervisor, within: float) -> None:
 async def _sing(every: float, metrics: Metrics, log: LogOutput) -> None:
     try:
         await canary.sing(every, metrics.canary_sang)
-    except aioummu.UmmunotifyError as error:
+    except (aioummu.UmmunotifyError, OSError, RuntimeError) as error:
         log.trouble(f"no latency is measured: {error}")
+
+
+async def _draw(view: View, log: LogOutput) -> None:
+    try:
+        await view.run()
+    except Exception as error:  # noqa: BLE001 - the service goes on without
+        log.trouble(f"nothing is drawn any more: {error!r}")
 
 
 def _reload(
@@ -149,6 +164,7 @@ def _reload(
     log.set_style(config.log)
     intake.max_clients = config.max_clients
     tracking.region_limit = config.max_regions
+    tracking.total_limit = config.max_all_regions
     tracking.keep_ended = config.keep_ended
     tracking.forget_some()
     log.reloaded(
@@ -202,6 +218,8 @@ def _listening(config: Config) -> Iterator[_Sockets]:
         for listener in (s for sockets in activated.values() for s in sockets):
             stack.enter_context(listener)
         if given := activated.get("clients"):
+            if len(given) > 1:
+                raise StartError("the service manager has several sockets 'clients'")
             clients = _checked(given[0])
         else:
             clients = stack.enter_context(_listen_for_clients(config))
@@ -223,37 +241,56 @@ def _checked(listener: socket.socket) -> socket.socket:
 @contextlib.contextmanager
 def _listen_for_clients(config: Config) -> Iterator[socket.socket]:
     path = config.socket
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+    group = None if config.socket_group is None else _group(config.socket_group)
+    with ExitStack() as stack:
         try:
             _make_directory(path.parent)
+            stack.enter_context(_locked(path))
             _remove_dead(path)
+            listener = stack.enter_context(
+                socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            )
             # Nobody may connect before the permissions are what they shall be.
             before = os.umask(0o777)
             try:
                 listener.bind(os.fspath(path))
             finally:
                 os.umask(before)
-            if config.socket_group is not None:
-                os.chown(path, -1, _group(config.socket_group))
+            stack.callback(_remove_own, path, path.lstat())
+            if group is not None:
+                os.chown(path, -1, group)
             path.chmod(config.socket_mode)
             listener.listen(BACKLOG)
-            bound = path.lstat()
         except OSError as error:
             raise _socket_error(path, error) from error
+        yield listener
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Be the only daemon for this socket; the file is left for the next one."""
+    lock = path.with_name(path.name + ".lock")
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(lock, flags, 0o600)
+    try:
         try:
-            yield listener
-        finally:
-            _remove_own(path, bound)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(path) from None
+        yield
+    finally:
+        os.close(fd)
 
 
 def _make_directory(directory: Path) -> None:
-    """Make the directory of the socket, if it is missing, for this user only."""
+    """Make the directory of the socket, if it is missing, and see whose it is."""
     if not directory.exists():
         # Who may use the socket has to get to it.
         directory.mkdir(mode=0o755, parents=True)
     status = directory.stat()
     is_shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if is_shared and not status.st_mode & stat.S_ISVTX:
+    is_ours = status.st_uid in {0, os.geteuid()}
+    if not is_ours or (is_shared and not status.st_mode & stat.S_ISVTX):
         raise StartError(
             f"others may write to {directory}, and so put a socket of their own "
             "there: choose another directory"
@@ -271,7 +308,8 @@ def _remove_dead(path: Path) -> None:
         probe.setblocking(False)
         try:
             probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, PermissionError):
+            # Nobody, or one that was left before it got its permissions.
             path.unlink()
         except OSError as error:
             if error.errno not in {errno.EAGAIN, errno.EPROTOTYPE}:

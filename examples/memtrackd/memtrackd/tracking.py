@@ -16,15 +16,18 @@ import attrs
 import aioummu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from memtrackd.protocol import RegionEntry, Update
+    from memtrackd.protocol import Update
 
 #: Changes of a client that are remembered for who comes later to look.
 HISTORY = 512
 #: Regions of a client that are remembered after they were unregistered, so that a
-#: report that was on its way then still finds them.
-ENDED_REGIONS = 256
+#: report that was on its way then still finds them: more than one message can end.
+ENDED_REGIONS = 4096
+#: Names of regions that are counted apart for a client; all others are one.
+NAMES = 1000
+OTHER_NAMES = "(other)"
 
 
 @lru_cache(maxsize=1024)
@@ -99,12 +102,25 @@ class Client:
     """Reports that were read."""
     unattributed: int = 0
     """Those of them that belong to no region that the daemon knows."""
+    bytes: int = 0
+    """In the regions that are registered now."""
+    changes_by_name: Counter[str] = attrs.field(factory=Counter)
+    """Reports by the name of the region; they never become less."""
+    causes_by_name: Counter[tuple[str, str]] = attrs.field(factory=Counter)
+    """Reports by name and cause."""
     regions: dict[int, TrackedRegion] = attrs.field(factory=dict)
     """By cookie."""
     ended_regions: OrderedDict[int, TrackedRegion] = attrs.field(factory=OrderedDict)
     """By cookie; the latest :data:`ENDED_REGIONS`."""
     history: deque[Change] = attrs.field(factory=lambda: deque(maxlen=HISTORY))
     """The latest changes, oldest first."""
+
+    def counted_name(self, region: TrackedRegion) -> str:
+        """Return the name under which changes of the region are counted."""
+        name = region.name
+        if name not in self.changes_by_name and len(self.changes_by_name) >= NAMES:
+            return OTHER_NAMES
+        return name
 
     def region(self, cookie: int) -> TrackedRegion | None:
         """Return the region, also if it was unregistered a short while ago."""
@@ -151,11 +167,24 @@ class Tracking:
 
     :param keep_ended: how many clients are remembered after they have ended
     :param region_limit: the most regions of a client
+    :param total_limit: the most regions of all clients
+    :param broken: told of a listener that raised something; it is not told any more
     """
 
-    def __init__(self, *, keep_ended: int = 100, region_limit: int = 1 << 16) -> None:
+    def __init__(
+        self,
+        *,
+        keep_ended: int = 100,
+        region_limit: int = 1 << 16,
+        total_limit: int = 1 << 20,
+        broken: Callable[[Listener, Exception], None] | None = None,
+    ) -> None:
         self.keep_ended = keep_ended
         self.region_limit = region_limit
+        self.total_limit = total_limit
+        self.broken = broken
+        self.regions = 0
+        """Regions of all attached clients."""
         self.clients: dict[int, Client] = {}
         """By number: the attached ones, and the latest that ended."""
         self.attached_total = 0
@@ -191,8 +220,7 @@ class Tracking:
         client = Client(next(self._ids), name, backend, credentials, time)
         self.clients[client.id] = client
         self.attached_total += 1
-        for listener in self._listeners:
-            listener.attached(client)
+        self._tell(lambda listener: listener.attached(client))
         return client
 
     def update(self, client: Client, update: Update, time: float) -> None:
@@ -200,20 +228,31 @@ class Tracking:
 
         :raises TooManyRegionsError: if it has too many; the table is unchanged then
         """
-        known = client.regions.keys()
-        new = {entry.cookie for entry in update.register}
-        if len((known - set(update.unregister)) | new) > self.region_limit:
+        known = client.regions
+        gone = {cookie for cookie in update.unregister if cookie in known}
+        new = sum(e.cookie not in known or e.cookie in gone for e in update.register)
+        more = new - len(gone)
+        if len(known) + more > self.region_limit:
             raise TooManyRegionsError(
                 f"at most {self.region_limit:,} regions for a client"
             )
-        ended = [
-            region
-            for cookie in update.unregister
-            if (region := self._end_region(client, cookie, time))
-        ]
-        added = list(self._register(client, update.register, time, ended))
-        for listener in self._listeners:
-            listener.updated(client, added, ended)
+        if self.regions + more > self.total_limit:
+            raise TooManyRegionsError(
+                f"at most {self.total_limit:,} regions for all clients together"
+            )
+        ended = [self._end_region(client, cookie, time) for cookie in gone]
+        added: list[TrackedRegion] = []
+        for entry in update.register:
+            if entry.cookie in known:
+                ended.append(self._end_region(client, entry.cookie, time))
+            region = TrackedRegion(
+                entry.cookie, entry.name, entry.start, entry.end, time
+            )
+            known[entry.cookie] = region
+            client.bytes += region.end - region.start
+            added.append(region)
+        self.regions += len(added)
+        self._tell(lambda listener: listener.updated(client, added, ended))
 
     def report(
         self, client: Client, records: Iterable[aioummu.Record], time: float
@@ -233,12 +272,15 @@ class Tracking:
                 client.unattributed += 1
             else:
                 region.changes += 1
-                region.causes.update(causes)
+                name = client.counted_name(region)
+                client.changes_by_name[name] += 1
+                for cause in causes:
+                    region.causes[cause] += 1
+                    client.causes_by_name[name, cause] += 1
         client.changes += len(changes)
         self.changes_total += len(changes)
         client.history.extend(changes)
-        for listener in self._listeners:
-            listener.changed(client, changes)
+        self._tell(lambda listener: listener.changed(client, changes))
 
     def end(self, client: Client, reason: str, time: float) -> None:
         """Note that a client has left; harmless if repeated."""
@@ -247,8 +289,8 @@ class Tracking:
         client.ended, client.reason = time, reason
         for region in client.regions.values():
             region.ended = time
-        for listener in self._listeners:
-            listener.ended(client)
+        self.regions -= len(client.regions)
+        self._tell(lambda listener: listener.ended(client))
         self._ended.append(client)
         self.forget_some()
 
@@ -257,31 +299,29 @@ class Tracking:
         while len(self._ended) > self.keep_ended:
             client = self._ended.popleft()
             del self.clients[client.id]
-            for listener in self._listeners:
-                listener.forgotten(client)
+            self._forget(client)
 
-    def _register(
-        self,
-        client: Client,
-        entries: Iterable[RegionEntry],
-        time: float,
-        ended: list[TrackedRegion],
-    ) -> Iterator[TrackedRegion]:
-        for entry in entries:
-            if replaced := self._end_region(client, entry.cookie, time):
-                ended.append(replaced)
-            region = client.regions[entry.cookie] = TrackedRegion(
-                entry.cookie, entry.name, entry.start, entry.end, time
-            )
-            yield region
+    def _forget(self, client: Client) -> None:
+        self._tell(lambda listener: listener.forgotten(client))
 
-    @staticmethod
-    def _end_region(client: Client, cookie: int, time: float) -> TrackedRegion | None:
-        region = client.regions.pop(cookie, None)
-        if region is not None:
-            region.ended = time
-            client.ended_regions.pop(cookie, None)
-            client.ended_regions[cookie] = region
-            if len(client.ended_regions) > ENDED_REGIONS:
-                client.ended_regions.popitem(last=False)
+    def _tell(self, what: Callable[[Listener], None]) -> None:
+        """Tell every listener; one that fails does not disturb the others."""
+        for listener in list(self._listeners):
+            try:
+                what(listener)
+            except Exception as error:
+                if self.broken is None:
+                    raise
+                self._listeners.remove(listener)
+                self.broken(listener, error)
+
+    def _end_region(self, client: Client, cookie: int, time: float) -> TrackedRegion:
+        region = client.regions.pop(cookie)
+        region.ended = time
+        self.regions -= 1
+        client.bytes -= region.end - region.start
+        client.ended_regions.pop(cookie, None)
+        client.ended_regions[cookie] = region
+        if len(client.ended_regions) > ENDED_REGIONS:
+            client.ended_regions.popitem(last=False)
         return region

@@ -36,7 +36,7 @@ class View:
     def __init__(self, tracking: Tracking, console: Console | None = None) -> None:
         self._tracking = tracking
         self._console = console or Console(stderr=False)
-        self._latest: deque[tuple[Client, Change]] = deque(maxlen=64)
+        self._latest: deque[Text] = deque(maxlen=64)
         self._rates: dict[int, tuple[float, int, float]] = {}
         self._dirty = True
 
@@ -70,13 +70,15 @@ class View:
         for heading in ("regions", "memory", "changes", "per second"):
             table.add_column(heading, justify="right", no_wrap=True)
         for client in shown:
-            table.add_row(*self._row(client, now), style="dim" * bool(client.ended))
+            # Names of strangers: no markup in them.
+            cells = (Text(cell) for cell in self._row(client, now))
+            table.add_row(*cells, style="dim" * bool(client.ended))
         parts: list[RenderableType] = [self._title(), table]
         if len(clients) > len(shown):
             parts.append(Text(f"and {len(clients) - len(shown)} more", style="dim"))
         parts.append(Text())
         room = height - len(shown) - 6
-        parts += [_line(*entry) for entry in list(self._latest)[-max(room, 3) :]]
+        parts += list(self._latest)[-max(room, 3) :]
         return Group(*parts)
 
     def _title(self) -> Text:
@@ -87,7 +89,6 @@ class View:
         )
 
     def _row(self, client: Client, now: float) -> list[str]:
-        memory = sum(region.end - region.start for region in client.regions.values())
         who = client.credentials
         state = client.backend if client.ended is None else f"({client.reason})"
         return [
@@ -97,7 +98,7 @@ class View:
             who.user,
             state,
             f"{len(client.regions):,}",
-            size_of(memory),
+            size_of(client.bytes),
             f"{client.changes:,}",
             f"{self._rate(client, now):,.0f}",
         ]
@@ -127,7 +128,7 @@ class View:
 
     def changed(self, client: Client, changes: Sequence[Change]) -> None:
         """Draw it."""
-        self._latest.extend((client, change) for change in changes[-64:])
+        self._latest.extend(_line(client, change) for change in changes[-64:])
         self._dirty = True
 
     def ended(self, client: Client) -> None:  # noqa: ARG002 - a listener
