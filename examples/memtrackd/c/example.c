@@ -56,8 +56,9 @@ static struct buffer *find(const char *name)
 /* The program does not depend on being tracked. */
 static void track(struct buffer *buffer)
 {
-	buffer->cookie = memtrack_register(tracker, buffer->start,
-					   buffer->start + buffer->size, buffer->name);
+	char *end = buffer->start + buffer->size;
+
+	buffer->cookie = memtrack_register(tracker, buffer->start, end, buffer->name);
 	if (buffer->cookie < 0)
 		printf("%s is not tracked: %s\n", buffer->name, strerror(-buffer->cookie));
 }
@@ -137,8 +138,9 @@ static void list(void)
 
 	for (i = 0; i < BUFFERS; i++)
 		if (*buffers[i].name)
-			printf("%s %p-%p %" PRId64 "\n", buffers[i].name, buffers[i].start,
-			       buffers[i].start + buffers[i].size, buffers[i].cookie);
+			printf("%s %p-%p %" PRId64 "\n", buffers[i].name,
+			       buffers[i].start, buffers[i].start + buffers[i].size,
+			       buffers[i].cookie);
 }
 
 static void status(void)

@@ -87,6 +87,7 @@ TAILQ_HEAD(regions, region);
  * @doorbell:	what the engine's notifier has open
  * @daemon:	the connection
  * @welcome:	the daemon has said that it takes us
+ * @forwarding:	the engine sends its reports through the connection
  * @refused:	it has said that it does not: no further attempts
  * @retry_at:	milliseconds; no attempt to find it again before
  * @address:	where it listens
@@ -108,6 +109,7 @@ struct memtrack {
 	struct descriptor	doorbell[2];
 	struct descriptor	daemon;
 	bool			welcome;
+	bool			forwarding;
 	bool			refused;
 	int64_t			retry_at;
 	struct sockaddr_un	address;
@@ -390,11 +392,17 @@ static bool is_connected(const struct memtrack *tracker)
 	return tracker->daemon.fd >= 0;
 }
 
-/* The next daemon knows nothing, so that there is nothing to take back. */
+/*
+ * The next daemon knows nothing, so that there is nothing to take back.  The engine has
+ * a duplicate of the descriptor, and learns that it is the end.
+ */
 static void disconnect(struct memtrack *tracker)
 {
+	if (is_owned(&tracker->daemon))
+		shutdown(tracker->daemon.fd, SHUT_RDWR);
 	close_owned(&tracker->daemon);
 	tracker->welcome = false;
+	tracker->forwarding = false;
 	set_state_of_all(tracker, REGION_TOLD, REGION_NEW);
 	set_state_of_all(tracker, REGION_GONE, REGION_FREE);
 }
@@ -473,33 +481,18 @@ static bool look(struct memtrack *tracker)
 	return false;
 }
 
-/* Returns a descriptor that the daemon can read the reports from. */
-static int share(const struct memtrack *tracker)
-{
-	int fd;
-
-	if (tracker->engine)
-		return aioummu_share(tracker->engine);
-	if (!is_owned(&tracker->driver))
-		return -EBADF;
-	fd = fcntl(tracker->driver.fd, F_DUPFD_CLOEXEC, 0);
-	return fd < 0 ? -errno : fd;
-}
-
+/* The driver goes along. */
 static int say_hello(struct memtrack *tracker)
 {
 	ssize_t sent;
-	int fd;
 
 	tracker->length = 0;
 	put(tracker, "{\"memtrackd\":1,\"name\":");
 	put_string(tracker, tracker->name);
 	put(tracker, ",\"backend\":\"%s\"}", tracker->engine ? "embedded" : "driver");
-	fd = share(tracker);
-	if (fd < 0)
-		return fd;
-	sent = send_packet(tracker, fd);
-	close(fd);
+	if (!tracker->engine && !is_owned(&tracker->driver))
+		return -EBADF;
+	sent = send_packet(tracker, tracker->engine ? -1 : tracker->driver.fd);
 	if (sent < 0)
 		return sent;
 	return sent ? 0 : -EAGAIN;
@@ -584,11 +577,9 @@ static bool say_list(struct memtrack *tracker, enum state from, enum state to)
 	return true;
 }
 
-/* Says what there is to say, as far as that can be said now. */
-static void say(struct memtrack *tracker)
+/* Says of regions what there is to say, as far as that can be said now. */
+static void say_lists(struct memtrack *tracker)
 {
-	if (!is_connected(tracker))
-		reconnect(tracker);
 	while (look(tracker)) {
 		if (!TAILQ_EMPTY(&tracker->lists[REGION_GONE])) {
 			if (!say_list(tracker, REGION_GONE, REGION_FREE))
@@ -600,6 +591,30 @@ static void say(struct memtrack *tracker)
 			break;
 		}
 	}
+}
+
+/* After the regions that the reports are of. */
+static void forward(struct memtrack *tracker)
+{
+	int error;
+
+	if (!tracker->engine || !is_connected(tracker) || tracker->forwarding)
+		return;
+	error = aioummu_forward(tracker->engine, tracker->daemon.fd);
+	tracker->forwarding = !error;
+	/* Busy: what served the last connection has not noticed yet that it is over. */
+	if (!error || error == -EBUSY)
+		return;
+	set_error(tracker, "no reports can be sent: %s", strerror(-error));
+	disconnect(tracker);
+}
+
+static void say(struct memtrack *tracker)
+{
+	if (!is_connected(tracker))
+		reconnect(tracker);
+	say_lists(tracker);
+	forward(tracker);
 }
 
 /* Sets the error and returns whether the daemon takes us. */
@@ -676,13 +691,17 @@ static int watch(const struct memtrack *tracker, const struct region *region)
 	return ioctl(tracker->driver.fd, UMMUNOTIFY_REGISTER_REGION, &range) ? -errno : 0;
 }
 
+/* A report goes with its region, so what can be said of it is said before. */
 static void unwatch(const struct memtrack *tracker, const struct region *region)
 {
 	uint64_t cookie = region->cookie;
 
-	if (tracker->engine)
+	if (tracker->engine) {
+		aioummu_flush(tracker->engine);
 		aioummu_unregister(tracker->engine, cookie);
-	else if (is_owned(&tracker->driver))
+		return;
+	}
+	if (is_owned(&tracker->driver))
 		ioctl(tracker->driver.fd, UMMUNOTIFY_UNREGISTER_REGION, &cookie);
 }
 
@@ -824,6 +843,8 @@ static int open_all(struct memtrack *tracker)
 	error = connect_daemon(tracker);
 	if (error)
 		explain(tracker, error);
+	else
+		forward(tracker);
 	return error;
 }
 
@@ -909,6 +930,14 @@ static struct region *get_region(struct memtrack *tracker, int *error)
 }
 
 /* Under the lock. */
+static void end_region(struct memtrack *tracker, struct region *region)
+{
+	bool known = region->state == REGION_TOLD && is_connected(tracker);
+
+	set_state(tracker, region, known ? REGION_GONE : REGION_FREE);
+}
+
+/* Under the lock. */
 static int64_t add(struct memtrack *tracker, const void *start, const void *end,
 		   const char *name)
 {
@@ -922,12 +951,15 @@ static int64_t add(struct memtrack *tracker, const void *start, const void *end,
 	region->start = (uintptr_t)start;
 	region->end = (uintptr_t)end;
 	strcpy(region->name, name);
-	error = watch(tracker, region);
-	if (error)
-		return error;
+	/* Said before, so that no report comes earlier, if there is room for it. */
 	set_state(tracker, region, REGION_NEW);
 	say(tracker);
-	return region->cookie;
+	error = watch(tracker, region);
+	if (!error)
+		return region->cookie;
+	end_region(tracker, region);
+	say(tracker);
+	return error;
 }
 
 int64_t memtrack_register(struct memtrack *tracker, const void *start, const void *end,
@@ -963,8 +995,7 @@ int memtrack_unregister(struct memtrack *tracker, int64_t cookie)
 		error = -ENOENT;
 	} else {
 		unwatch(tracker, region);
-		set_state(tracker, region, region->state == REGION_TOLD &&
-			  is_connected(tracker) ? REGION_GONE : REGION_FREE);
+		end_region(tracker, region);
 		say(tracker);
 	}
 	unlock(tracker);
@@ -1017,10 +1048,12 @@ static void close_all(struct memtrack *tracker)
 	LIST_REMOVE(tracker, link);
 	if (tracker->welcome)
 		say(tracker);
-	close_owned(&tracker->daemon);
-	close_owned(&tracker->driver);
-	if (tracker->engine)
+	if (tracker->engine) {
+		aioummu_flush(tracker->engine);
 		aioummu_close(tracker->engine);
+	}
+	disconnect(tracker);
+	close_owned(&tracker->driver);
 	unlock(tracker);
 	unlock_trackers();
 }
