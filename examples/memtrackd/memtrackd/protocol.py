@@ -159,8 +159,8 @@ def decode_answer(packet: bytes) -> Welcome | Refusal:
     :raises MessageError: if it is no answer
     """
     match _decode(packet):
-        case {"client": int(client)}:
-            return Welcome(client)
+        case {"client": client}:
+            return Welcome(_number(client, "a client"))
         case {"error": str(error)}:
             return Refusal(error)
     raise MessageError("the daemon answers with 'client' or 'error'")
@@ -183,7 +183,8 @@ def checked_entry(entry: RegionEntry) -> RegionEntry:
 
 def _hello(message: Json) -> Hello:
     version = message.get("memtrackd")
-    if version != VERSION:
+    # JSON's true and 1.0 are not 1.
+    if type(version) is not int or version != VERSION:
         raise MessageError(f"this daemon speaks version {VERSION}, not {version!r:.40}")
     backend = message.get("backend")
     if backend not in BACKENDS:
