@@ -23,9 +23,10 @@ CHECK_KERNEL := 6.12
 # The embedded backend needs 5.19.
 marks = $(if $(filter 5.10,$1),device,device or embedded)
 
-# Beyond what the guests need: the library's extension, the driver's checks, and
-# the selftests for 32 bits and in C++.
-PACKAGES := python3-dev python3-venv sparse gcc-multilib g++
+# Beyond what the guests need: the library's extension, the driver's checks, the
+# selftests for 32 bits and in C++, and for the daemon a browser and MPI.
+PACKAGES := python3-dev python3-venv sparse gcc-multilib g++ \
+	chromium chromium-driver openmpi-bin libopenmpi-dev
 
 # What the extension modules are made of.
 EXTENSIONS := $(wildcard aioummu/*_build.py engine/*.[ch]) \
@@ -33,6 +34,7 @@ EXTENSIONS := $(wildcard aioummu/*_build.py engine/*.[ch]) \
 
 SYSTEM := .cache/system.stamp
 INSTALLED := $(VENV)/installed.stamp
+PROMETHEUS := .cache/prometheus/usr/bin/promtool
 CHECKPATCH := .cache/checkpatch/checkpatch.pl
 
 
@@ -59,7 +61,7 @@ check-kmod: $(INSTALLED) $(CHECKPATCH)
 	! grep -iE 'warning:|error:' .cache/sparse/log
 	$(MAKE) -C kmod checkpatch CHECKPATCH=$(CURDIR)/$(CHECKPATCH)
 
-test-host: $(INSTALLED)
+test-host: $(INSTALLED) $(PROMETHEUS)
 	@echo "== tests on this machine"
 	$(BIN)/python -m pytest
 
@@ -117,6 +119,7 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/driver.py
 	$(BIN)/python bench/events.py
 	$(BIN)/python bench/embedded.py
+	$(BIN)/python bench/daemon.py
 
 setup: $(INSTALLED)
 
@@ -125,10 +128,18 @@ $(SYSTEM): tools/guest.py Makefile
 	$(PYTHON) tools/guest.py setup $(PACKAGES)
 	@touch $@
 
-$(INSTALLED): $(SYSTEM) pyproject.toml setup.py $(EXTENSIONS)
+$(INSTALLED): $(SYSTEM) pyproject.toml setup.py examples/memtrackd/pyproject.toml $(EXTENSIONS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test]' \
+		--editable 'examples/memtrackd[uvloop]'
+	@touch $@
+
+# Unpacked, not installed: that would start a service.
+$(PROMETHEUS): | $(SYSTEM)
+	rm -rf .cache/prometheus && mkdir -p .cache/prometheus
+	cd .cache/prometheus && apt-get download prometheus && dpkg -x prometheus_*.deb . && \
+		rm prometheus_*.deb
 	@touch $@
 
 # Only the kernel's sources have it.
