@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
+import aioummu
 from tests.sandbox import PROJECT
 
 pytest.importorskip("memtrackd")
@@ -403,9 +404,8 @@ def exported() -> dict[str, set[str]]:
     client = tracking.attach("name", "driver", Credentials(1, 2, 3, "u", "p"), 0.0)
     entry = protocol.RegionEntry(1, 4096, 8192, "region")
     tracking.update(client, protocol.Update((entry,)), 0.0)
-    region = client.regions[1]
-    region.changes = 1
-    region.causes["unmap"] = 1
+    flags = aioummu.HINT | aioummu.Cause.UNMAP.value
+    tracking.report(client, [(aioummu.INVAL, flags, 4096, 8192, 1)], 0.0)
     collected = metrics.Metrics(tracking, {"reason": 1}, {"log": int, "web": int})
     collected.delivered(0.1)
     collected.canary_sang("driver", 0.1)

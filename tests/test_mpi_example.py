@@ -49,7 +49,8 @@ def run_ranks(path: Path) -> subprocess.CompletedProcess[str]:
     command += ["--mca", "mpi_yield_when_idle", "1"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
-    command += [sys.executable, "examples/mpi_tracking.py"]
+    # Not what lies beside the script: examples/memtrackd is a folder, no package.
+    command += [sys.executable, "-P", "examples/mpi_tracking.py"]
     command += ["--rows", "32", "--columns", "128", "--steps", "40"]
     command += ["--renew", str(40 // ROUNDS)]
     # Open MPI's own sockets have paths that must not be long.
