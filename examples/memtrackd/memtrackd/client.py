@@ -361,7 +361,11 @@ class Tracker:
         """Hear why the daemon hangs up, if it does."""
         while self._socket is not None:
             try:
-                packet = self._socket.recv(protocol.PACKET_SIZE)
+                try:
+                    packet = self._socket.recv(protocol.PACKET_SIZE)
+                except ConnectionResetError:
+                    # It has not read all of ours; what it said comes after that.
+                    packet = self._socket.recv(protocol.PACKET_SIZE)
                 answer = protocol.decode_answer(packet) if packet else None
             except BlockingIOError:
                 return
