@@ -35,10 +35,10 @@ SOURCES = PROJECT / "examples" / "memtrackd" / "c"
 # Seconds after which something has hung.
 LIMIT = 60
 
-pytestmark = [
-    pytest.mark.embedded,
-    pytest.mark.skipif(shutil.which("make") is None, reason="there is no make"),
-]
+# What the client does not find, so that it takes the embedded engine.
+NO_DRIVER = """CFLAGS=-O2 -g -DDRIVER='"/nowhere"'"""
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
 
 def make(build: Path, *targets: str) -> Path:
@@ -51,9 +51,22 @@ def make(build: Path, *targets: str) -> Path:
     return build
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("embedded", marks=pytest.mark.embedded),
+        pytest.param("driver", marks=pytest.mark.device),
+    ],
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    backend: str = request.param
+    return backend
+
+
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("c"))
+def build(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = [NO_DRIVER] if backend == "embedded" else []
+    return make(tmp_path_factory.mktemp("c"), *flags)
 
 
 @attrs.define(eq=False)
@@ -70,7 +83,6 @@ class Connection:
     """What it has ever registered."""
     changes: list[tuple[int, aioummu.Cause, int, int]] = attrs.field(factory=list)
     """Cookies, causes and ranges of what was reported."""
-    generation: int = 0
     early: int = 0
     """Reports of regions that were not announced yet."""
 
@@ -93,10 +105,10 @@ class Connection:
         while sorted(entry.name for entry in self.table.values()) != sorted(names):
             assert self.receive()
 
-    def receive_until_generation(self, wanted: int) -> None:
+    def receive_until_told(self, cookie: int, cause: aioummu.Cause) -> None:
         buffer = bytearray(1 << 14)
         deadline = time.monotonic() + LIMIT
-        while self.generation < wanted:
+        while not any(c[0] == cookie and cause in c[1] for c in self.changes):
             assert time.monotonic() < deadline
             if self.device is None:
                 assert self.receive()
@@ -105,9 +117,7 @@ class Connection:
 
     def report(self, records: bytes | bytearray) -> None:
         for kind, flags, start, end, number in aioummu.unpack(records):
-            if kind == aioummu.LAST:
-                self.generation = number
-            else:
+            if kind != aioummu.LAST:
                 self.early += number not in self.seen
                 self.changes.append((number, aioummu.cause_of(flags), start, end))
 
@@ -277,12 +287,12 @@ def example(build: Path, path: Path, programs: list[Program]) -> Program:
 
 
 def test_daemon_learns_what_happens_to_each_buffer(
-    build: Path, daemon: Daemon, programs: list[Program]
+    backend: str, build: Path, daemon: Daemon, programs: list[Program]
 ) -> None:
     program = example(build, daemon.path, programs)
     client = daemon.accept()
     assert program.hear() == "tracked"
-    assert (client.hello.name, client.hello.backend) == ("a program", "embedded")
+    assert (client.hello.name, client.hello.backend) == ("a program", backend)
     program.obey("map first 4")
     program.obey("map second 2")
     client.receive_until(["first", "second"])
@@ -291,11 +301,14 @@ def test_daemon_learns_what_happens_to_each_buffer(
 
     program.obey("drop first")
     program.obey("unmap second")
-    client.receive_until_generation(2)
-    assert client.changes == [
-        (first.cookie, aioummu.Cause.CLEAR, first.start, first.end),
-        (second.cookie, aioummu.Cause.UNMAP, second.start, second.end),
-    ]
+    client.receive_until_told(first.cookie, aioummu.Cause.CLEAR)
+    client.receive_until_told(second.cookie, aioummu.Cause.UNMAP)
+    assert {cookie for cookie, *_ in client.changes} == {first.cookie, second.cookie}
+    if backend == "embedded":
+        assert client.changes == [
+            (first.cookie, aioummu.Cause.CLEAR, first.start, first.end),
+            (second.cookie, aioummu.Cause.UNMAP, second.start, second.end),
+        ]
     assert program.tell("status") == "attached, 0 to say"
     assert program.hear() == "ok"
     client.receive_until(["first"])
@@ -304,22 +317,23 @@ def test_daemon_learns_what_happens_to_each_buffer(
 
 
 def test_buffer_that_moves_is_a_new_region_elsewhere(
-    build: Path, daemon: Daemon, programs: list[Program]
+    backend: str, build: Path, daemon: Daemon, programs: list[Program]
 ) -> None:
     program = example(build, daemon.path, programs)
     client = daemon.accept()
     program.hear()
     program.obey("map wanderer 4")
+    client.receive_until(["wanderer"])
+    (before,) = client.table.values()
     program.obey("move wanderer")
-    client.receive_until_generation(1)
+    # The driver cannot tell that from unmapping.
+    cause = aioummu.Cause.MOVE if backend == "embedded" else aioummu.Cause.UNMAP
+    client.receive_until_told(before.cookie, cause)
     while len(client.seen) < 2:
         assert client.receive()
-    before, after = client.seen.values()
+    _, after = client.seen.values()
     assert before.name == after.name == "wanderer"
     assert before.cookie != after.cookie
-    cookie, cause, *_ = client.changes[0]
-    assert cookie == before.cookie
-    assert aioummu.Cause.MOVE in cause
     assert before.start != after.start
     program.obey("forget wanderer")
     client.receive_until([])
@@ -504,16 +518,18 @@ def test_daemon_that_was_started_again_is_told_all_regions(
         assert program.hear() == "attached"
         client.receive_until(["kept", "new"])
         program.send("drop")
-        client.receive_until_generation(1)
-        assert {change[0] for change in client.changes} == client.table.keys()
+        for cookie in client.table:
+            client.receive_until_told(cookie, aioummu.Cause.CLEAR)
         assert program.end() == 0
     finally:
         again.close()
 
 
 def test_report_is_not_lost_with_a_region_that_is_unregistered_at_once(
-    daemon: Daemon, scripts: Scripts
+    backend: str, daemon: Daemon, scripts: Scripts
 ) -> None:
+    if backend == "driver":
+        pytest.skip("the driver drops reports that nobody has read")
     program = scripts.start(
         """
         libc = ctypes.CDLL(None)
@@ -604,8 +620,10 @@ def test_names_that_the_daemon_would_refuse_are_refused_at_once(
 
 
 def test_unmapped_memory_is_refused_and_taken_back(
-    daemon: Daemon, scripts: Scripts
+    backend: str, daemon: Daemon, scripts: Scripts
 ) -> None:
+    if backend == "driver":
+        pytest.skip("the driver watches addresses, whatever is mapped there")
     program = scripts.start(
         """
         tracker = attach()
@@ -837,6 +855,10 @@ def test_header_is_cpp_as_well(build: Path, tmp_path: Path) -> None:
     subprocess.run([tmp_path / "program"], check=True, timeout=LIMIT, env=environment)
 
 
+@pytest.mark.embedded
+@pytest.mark.skipif(
+    Path(aioummu.DEFAULT_PATH).exists(), reason="it would take the driver"
+)
 @pytest.mark.parametrize("sanitizer", ["tsan", "asan"])
 def test_sanitizers_find_nothing(
     sanitizer: str, tmp_path: Path, daemon: Daemon, programs: list[Program]
@@ -891,28 +913,9 @@ def test_real_daemon_takes_it(
         assert client["program"] == "example"
         (region,) = client["regions"]
         assert region["name"] == "buffer"
-        assert region["causes"] == {"clear": 1}
+        assert "clear" in region["causes"]
         assert client["unattributed"] == 0
         assert program.end() == 0
     finally:
         daemon.terminate()
         assert daemon.wait(LIMIT) == 0
-
-
-@pytest.mark.device
-def test_driver_is_used_where_it_is(
-    build: Path, daemon: Daemon, programs: list[Program]
-) -> None:
-    program = example(build, daemon.path, programs)
-    client = daemon.accept()
-    assert program.hear() == "tracked"
-    assert client.hello.backend == "driver"
-    program.obey("map buffer 4")
-    client.receive_until(["buffer"])
-    (region,) = client.table.values()
-    program.obey("drop buffer")
-    client.receive_until_generation(1)
-    assert region.cookie in {change[0] for change in client.changes}
-    program.obey("unmap buffer")
-    client.receive_until([])
-    assert program.end() == 0

@@ -32,7 +32,9 @@
 #include "descriptor.h"
 #include "engine.h"
 
+#ifndef DRIVER
 #define DRIVER		"/dev/ummunotify"
+#endif
 /* Milliseconds for the daemon's answer, and between attempts to find it again. */
 #define ANSWER_TIMEOUT	2000
 #define RETRY_DELAY	1000
@@ -646,14 +648,14 @@ static bool wait_for_welcome(struct memtrack *tracker)
 
 static int open_driver(struct memtrack *tracker)
 {
-	uint64_t nobody = UINT64_MAX;
+	uint32_t features = UMMUNOTIFY_FEATURE_CAUSE;
 	int fd;
 
 	fd = open(DRIVER, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
 	if (fd < 0)
 		return -errno;
-	/* The driver knows no such region; something else not even the question. */
-	if (!ioctl(fd, UMMUNOTIFY_UNREGISTER_REGION, &nobody) || errno != EINVAL) {
+	/* Something else does not even know the question. */
+	if (ioctl(fd, UMMUNOTIFY_EXCHANGE_FEATURES, &features)) {
 		close(fd);
 		return -ENOTTY;
 	}
