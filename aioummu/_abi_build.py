@@ -55,6 +55,7 @@ ffibuilder.cdef(
     #define F_SETOWN_EX ...
     #define F_OWNER_TID ...
     int aioummu_signalfd(const int *signals, int count);
+    ssize_t aioummu_read_nowait(int fd, void *buffer, size_t size);
     """
 )
 
@@ -64,6 +65,9 @@ ffibuilder.set_source(
     #include <fcntl.h>
     #include <signal.h>
     #include <sys/signalfd.h>
+    #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
     #include <linux/ummunotify.h>
 
     /*
@@ -87,6 +91,18 @@ ffibuilder.set_source(
         for (i = 0; i < count; i++)
             sigaddset(&mask, signals[i]);
         return signalfd(-1, &mask, SFD_NONBLOCK | SFD_CLOEXEC);
+    }
+
+    #ifndef RWF_NOWAIT
+    #define RWF_NOWAIT 8
+    #endif
+
+    /* os.preadv() has no flags where Python was built for an older C library. */
+    static ssize_t aioummu_read_nowait(int fd, void *buffer, size_t size)
+    {
+        struct iovec part = { buffer, size };
+
+        return syscall(SYS_preadv2, fd, &part, 1, -1L, -1L, RWF_NOWAIT);
     }
     """,
     include_dirs=["kmod/include/uapi"],

@@ -141,7 +141,7 @@ class Device:
     :raises DeviceError: if it cannot be opened for another reason
     """
 
-    _read_flags = 0
+    _nowait = False
 
     def __init__(self, path: str | os.PathLike[str] = DEFAULT_PATH) -> None:
         self._fd = -1
@@ -180,7 +180,7 @@ class Device:
         device._setup(fd, fresh=False)
         os.set_blocking(fd, False)
         # The other holders of the file can change that.
-        device._read_flags = os.RWF_NOWAIT
+        device._nowait = True
         return device
 
     def _setup(self, fd: int, *, fresh: bool) -> None:
@@ -295,8 +295,8 @@ class Device:
         :raises ForkedError: in a forked child
         """
         try:
-            if self._read_flags:
-                return os.preadv(self._fd, (buffer,), -1, self._read_flags)
+            if self._nowait:
+                return _read_nowait(self._fd, buffer)
             return os.readv(self._fd, (buffer,))
         except BlockingIOError:
             return None
@@ -377,6 +377,15 @@ class Device:
         if code == errno.ENOTTY:
             return _foreign(error)
         return DeviceError(code, f"the device refused: {error.strerror}")
+
+
+def _read_nowait(fd: int, buffer: WriteableBuffer) -> int:
+    """Read as readv() does, but with RWF_NOWAIT, see readv(2)."""
+    with memoryview(buffer) as view, view.cast("B") as data:
+        size = lib.aioummu_read_nowait(fd, ffi.from_buffer(data), len(data))
+    if size < 0:
+        raise OSError(ffi.errno, os.strerror(ffi.errno))
+    return size
 
 
 def _check_kind(fd: int) -> None:

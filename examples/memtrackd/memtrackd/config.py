@@ -91,25 +91,25 @@ def load_config(
     settings.update(_from_file(Path(file)) if file else {})
     settings.update(_from_environment(environment))
     settings.update(given)
-    return Config(**{**_defaults(), **settings})
+    if "socket" not in settings:
+        settings["socket"] = default_socket()
+    return Config(**{**_DEFAULTS, **settings})
 
 
-def _defaults() -> dict[str, Any]:
-    return {
-        "socket": default_socket(),
-        "socket_mode": 0o660,
-        "socket_group": None,
-        "http": HttpAddress("127.0.0.1", 9412),
-        "max_clients": 256,
-        "max_regions": protocol.REGION_LIMIT,
-        "max_all_regions": 1 << 20,
-        "keep_ended": 100,
-        "log": "text",
-        "log_file": None,
-        "view": False,
-        "canary": 5.0,
-        "nice": 10,
-    }
+_DEFAULTS: dict[str, Any] = {
+    "socket_mode": 0o660,
+    "socket_group": None,
+    "http": HttpAddress("127.0.0.1", 9412),
+    "max_clients": 256,
+    "max_regions": protocol.REGION_LIMIT,
+    "max_all_regions": 1 << 20,
+    "keep_ended": 100,
+    "log": "text",
+    "log_file": None,
+    "view": False,
+    "canary": 5.0,
+    "nice": 10,
+}
 
 
 # How to read each setting; what raises ValueError says what is expected.

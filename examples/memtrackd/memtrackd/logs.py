@@ -81,7 +81,8 @@ class LineWriter:
     def _open(self) -> int:
         if self._path is None:
             return sys.stderr.fileno()
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        # Who reads a FIFO is not waited for, nor while it is full.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         return os.open(self._path, flags, 0o640)
 
     def _run(self) -> None:

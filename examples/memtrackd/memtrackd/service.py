@@ -56,7 +56,9 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
         sockets = stack.enter_context(_listening(config))
         writer = _open_writer(config)
         stack.callback(writer.close)
-        log = LogOutput(writer, config.log)
+        # Not two of them on one terminal.
+        is_drawn_over = config.view and writer.is_terminal
+        log = LogOutput(writer, "off" if is_drawn_over else config.log)
         tracking = Tracking(
             keep_ended=config.keep_ended,
             region_limit=config.max_regions,
@@ -95,13 +97,14 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
             if supervisor.watchdog:
                 tasks.start_soon(_keep_alive, supervisor, supervisor.watchdog)
             log.started(socket=str(sockets.path), http=sockets.http_address)
-            supervisor.notify("READY=1", f"STATUS=listening at {sockets.path}")
+            status = f"STATUS=listening at {sockets.path}"
+            supervisor.notify("READY=1", status, patience=1.0)
             async for number in signals:
                 if number != signal.SIGHUP:
                     break
                 supervisor.notify("RELOADING=1", _monotonic())
                 _reload(reload, log, writer, tracking, intake)
-                supervisor.notify("READY=1")
+                supervisor.notify("READY=1", patience=1.0)
             supervisor.notify("STOPPING=1")
             log.ending(signal.Signals(number).name)
             intake.drain()

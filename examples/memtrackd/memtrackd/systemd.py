@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -23,8 +24,11 @@ class Supervisor:
         )
         """Seconds within which it wants to hear of us, if it does."""
 
-    def notify(self, *lines: str) -> None:
-        """Tell it, ``READY=1`` for example; never waits, and never fails."""
+    def notify(self, *lines: str, patience: float = 0.0) -> None:
+        """Tell it, ``READY=1`` for example; never fails.
+
+        :param patience: seconds to wait while it is busy
+        """
         if not self._address:
             return
         # A name in the abstract namespace is written with a "@" there.
@@ -34,7 +38,7 @@ class Supervisor:
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
         with socket.socket(socket.AF_UNIX, kind) as connection:
             try:
-                connection.setblocking(False)
+                connection.settimeout(patience)
                 connection.sendto("\n".join(lines).encode(), address)
             except OSError:
                 pass
@@ -55,5 +59,6 @@ def activated_sockets() -> dict[str, list[socket.socket]]:
         fd = 3 + i
         os.set_inheritable(fd, False)
         name = names[i] if i < len(names) else "unknown"
-        sockets.setdefault(name, []).append(socket.socket(fileno=fd))
+        with contextlib.suppress(OSError):  # it is something else
+            sockets.setdefault(name, []).append(socket.socket(fileno=fd))
     return sockets

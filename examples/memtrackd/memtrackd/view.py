@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio import to_thread
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two drawings.
 PERIOD = 0.25
+#: Seconds that the end waits for the terminal.
+PATIENCE = 1.0
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _STEP = 1024
 
@@ -35,27 +39,23 @@ class View:
 
     def __init__(self, tracking: Tracking, console: Console | None = None) -> None:
         self._tracking = tracking
-        self._console = console or Console(stderr=False)
+        self._console = console or Console()
         self._latest: deque[Text] = deque(maxlen=64)
         self._rates: dict[int, tuple[float, int, float]] = {}
         self._dirty = True
 
     async def run(self) -> None:
         """Draw until cancelled."""
-        with Live(
-            console=self._console,
-            screen=self._console.is_terminal,
-            auto_refresh=False,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        ) as live:
-            while True:
-                if self._dirty:
+        painter = _Painter(self._console)
+        try:
+            while painter.is_alive():
+                if self._dirty and painter.is_idle:
                     # The rates fall to 0 when nothing happens any more.
                     self._dirty = any(rate for *_, rate in self._rates.values())
-                    live.update(self.draw(time.time()))
-                    await to_thread.run_sync(live.refresh, abandon_on_cancel=True)
+                    painter.paint(self.draw(time.time()))
                 await anyio.sleep(PERIOD)
+        finally:
+            painter.finish()
 
     def draw(self, now: float) -> Group:
         """Return what is to be seen now."""
@@ -139,6 +139,43 @@ class View:
         """Let go of it."""
         self._rates.pop(client.id, None)
         self._dirty = True
+
+
+class _Painter(threading.Thread):
+    """Draws on a terminal, which can take as long as that likes."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(name="painter", daemon=True)
+        self._console = console
+        self._pictures: queue.SimpleQueue[Group | None] = queue.SimpleQueue()
+        self.is_idle = True
+        self.start()
+
+    def paint(self, picture: Group) -> None:
+        """Draw this, some time."""
+        self.is_idle = False
+        self._pictures.put(picture)
+
+    def finish(self) -> None:
+        """Give the terminal back, if that does not take long."""
+        self._pictures.put(None)
+        self.join(PATIENCE)
+
+    def run(self) -> None:
+        """Draw what comes; ends early if the terminal is gone."""
+        with (
+            contextlib.suppress(OSError),
+            Live(
+                console=self._console,
+                screen=self._console.is_terminal,
+                auto_refresh=False,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            ) as live,
+        ):
+            while (picture := self._pictures.get()) is not None:
+                live.update(picture, refresh=True)
+                self.is_idle = True
 
 
 def _line(client: Client, change: Change) -> Text:

@@ -247,9 +247,15 @@ function readTheme() {
 }
 
 function block(context, kind, exact, x, y, width, height) {
-  context.fillStyle = (exact ? theme.exact : theme.loose)[kind.index];
-  context.fillRect(x, y, width, height);
-  if (height >= 5) {
+  if (height < 5) {
+    // Too small for a pattern.
+    context.globalAlpha = exact ? 1 : 0.55;
+    context.fillStyle = theme.colours[kind.index];
+    context.fillRect(x, y, width, height);
+    context.globalAlpha = 1;
+  } else {
+    context.fillStyle = (exact ? theme.exact : theme.loose)[kind.index];
+    context.fillRect(x, y, width, height);
     context.strokeStyle = theme.colours[kind.index];
     context.setLineDash(exact ? [] : [2, 2]);
     context.strokeRect(x + 0.5, y + 0.5, width - 1, height - 1);
