@@ -575,10 +575,13 @@ def read_stream(chunks: Iterable[tuple[float, bytes]]) -> Seen:
     seen = Seen()
     clients: dict[int, int] = {}
     for arrival, message in messages(chunks, b"\n\n"):
-        lines = message.decode().splitlines()
-        fields = dict(line.split(": ", 1) for line in lines if line[0] != ":")
-        said = json.loads(fields.get("data", "null"))
-        match fields.get("event"):
+        event, data = "", ""
+        for line in message.decode().split("\n"):
+            name, _, value = line.partition(": ")
+            event = value if name == "event" else event
+            data += value if name == "data" else ""
+        said = json.loads(data or "null")
+        match event:
             case "snapshot":
                 seen.counts.clear()
                 for client in said["clients"]:
@@ -921,9 +924,11 @@ def accounts(
     yield "clients shown with another generation", different, "= 0", different == 0
     reports = final.changes.total()
     yield "reports", reports, f"<= {counted:,}", reports <= counted
-    times = [seen.log.read_at, *(viewer.read_at for viewer in seen.viewers)]
+    dropped = final.dropped["log"]
+    # Viewers are told the time of the latest of many reports only.
+    witnesses = [seen.log, *seen.viewers] if dropped else [seen.log]
     unseen = sum(
-        max(read_at.get((number, region), 0.0) for read_at in times) < begun
+        max(w.read_at.get((number, region), 0.0) for w in witnesses) < begun
         for number, client in enumerate(done)
         for region, begun in client.last.items()
     )
@@ -932,7 +937,6 @@ def accounts(
     yield "reports of no region", unknown, "= 0", unknown == 0
     lines = seen.log.counts.total() + seen.log.others
     missing = reports + options.regions + options.clients - lines
-    dropped = final.dropped["log"]
     yield "lines counted as dropped", dropped, "", True
     yield "lines missing in the log", missing, f"= {dropped:,}", missing == dropped
     for number, viewer in enumerate(seen.viewers, 1):
