@@ -23,6 +23,8 @@ const KINDS = [
 ].map(([name, text, pattern], index) => ({ name, text, pattern, index }));
 const KIND = new Map(KINDS.map((kind) => [kind.name, kind]));
 
+const HINT = "Point at the map, or focus it and press the arrow keys, for details.";
+
 const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
 const still = matchMedia("(prefers-reduced-motion: reduce)");
@@ -494,6 +496,7 @@ function makeCard(client) {
   part("backend").textContent = client.backend;
   const canvas = part("map");
   canvas.client = client;
+  part("details").textContent = HINT;
   client.card = {
     element, canvas, width: 0, height: 0, badge: part("badge"), details: part("details"),
     counts: ["regions", "changes", "generation"].map(part),
@@ -560,7 +563,7 @@ function arrange() {
 // --- details of one change or region
 
 function describe(client, thing) {
-  if (!thing) return [];
+  if (!thing) return [HINT];
   const name = document.createElement("bdi");
   const region = thing.region ?? thing;
   name.textContent = region.name;
@@ -674,6 +677,7 @@ function soon() {
 }
 
 function showTotals() {
+  clearTimeout(totalsTimer);
   totalsTimer = 0;
   let attached = 0;
   let regions = 0;
@@ -728,7 +732,7 @@ const handlers = {
     setState("live", frozen === null ? "live" : "paused");
     arrange();
     showLatest();
-    soon();
+    showTotals();
   },
   attached(message) {
     clients.set(message.client.id, new Client(message.client));
