@@ -8,9 +8,11 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +76,11 @@ class Daemon:
         self._lines: list[Line] = []
         self._rest = b""
         self.process: subprocess.Popen[bytes]
+        self.address: str | None = None
 
     def __enter__(self) -> Self:
         self.start()
-        self.wait("started")
+        self.address = self.wait("started")["http"]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -169,6 +172,13 @@ class Daemon:
             time.sleep(PERIOD)
         return found[0]
 
+    def get(self, path: str) -> str:
+        """Return what it shows, if it was started with an address."""
+        url = f"{self.address}{path}"
+        with urllib.request.urlopen(url, timeout=LIMIT) as answer:  # noqa: S310
+            text: str = answer.read().decode()
+        return text
+
     def is_served(self) -> None:
         """Make sure that it takes in a client, and tells of it."""
         with Raw(self.socket) as client:
@@ -183,8 +193,11 @@ class Raw:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(LIMIT)
+        # Waits for room in the queue, which a socket with a time limit does not.
+        limit = struct.pack("ll", LIMIT, 0)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.socket.connect(os.fspath(path))
+        self.socket.settimeout(LIMIT)
 
     def __enter__(self) -> Self:
         return self
