@@ -51,15 +51,21 @@ def make(build: Path, *targets: str) -> Path:
     return build
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
+#: For what depends on the kernel; the guests run nothing else.
+both = pytest.mark.parametrize(
+    "backend",
+    [
         pytest.param("embedded", marks=pytest.mark.embedded),
         pytest.param("driver", marks=pytest.mark.device),
     ],
+    indirect=True,
+    scope="module",
 )
+
+
+@pytest.fixture(scope="module")
 def backend(request: pytest.FixtureRequest) -> str:
-    backend: str = request.param
+    backend: str = getattr(request, "param", "embedded")
     return backend
 
 
@@ -286,6 +292,7 @@ def example(build: Path, path: Path, programs: list[Program]) -> Program:
     return program
 
 
+@both
 def test_daemon_learns_what_happens_to_each_buffer(
     backend: str, build: Path, daemon: Daemon, programs: list[Program]
 ) -> None:
@@ -316,6 +323,7 @@ def test_daemon_learns_what_happens_to_each_buffer(
     assert not client.receive()
 
 
+@both
 def test_buffer_that_moves_is_a_new_region_elsewhere(
     backend: str, build: Path, daemon: Daemon, programs: list[Program]
 ) -> None:
@@ -426,6 +434,7 @@ def test_what_is_no_daemon_is_left_alone(daemon: Daemon, scripts: Scripts) -> No
     assert program.end() == 0
 
 
+@both
 def test_slow_daemon_is_told_everything_later(daemon: Daemon, scripts: Scripts) -> None:
     program = scripts.start(
         """
@@ -485,6 +494,7 @@ def test_cookies_that_a_stopped_daemon_keeps_do_not_use_up_the_table(
     assert program.end() == 0
 
 
+@both
 def test_daemon_that_was_started_again_is_told_all_regions(
     daemon: Daemon, scripts: Scripts
 ) -> None:
@@ -525,11 +535,10 @@ def test_daemon_that_was_started_again_is_told_all_regions(
         again.close()
 
 
+# Of the embedded engine: the driver drops reports that nobody has read.
 def test_report_is_not_lost_with_a_region_that_is_unregistered_at_once(
-    backend: str, daemon: Daemon, scripts: Scripts
+    daemon: Daemon, scripts: Scripts
 ) -> None:
-    if backend == "driver":
-        pytest.skip("the driver drops reports that nobody has read")
     program = scripts.start(
         """
         libc = ctypes.CDLL(None)
@@ -619,11 +628,10 @@ def test_names_that_the_daemon_would_refuse_are_refused_at_once(
     assert program.end() == 0
 
 
+# Of the embedded engine: the driver watches addresses, whatever is mapped there.
 def test_unmapped_memory_is_refused_and_taken_back(
-    backend: str, daemon: Daemon, scripts: Scripts
+    daemon: Daemon, scripts: Scripts
 ) -> None:
-    if backend == "driver":
-        pytest.skip("the driver watches addresses, whatever is mapped there")
     program = scripts.start(
         """
         tracker = attach()
@@ -639,6 +647,7 @@ def test_unmapped_memory_is_refused_and_taken_back(
     assert program.end() == 0
 
 
+@both
 def test_child_of_a_fork_keeps_nothing_of_it_open(
     daemon: Daemon, scripts: Scripts
 ) -> None:
@@ -681,6 +690,7 @@ def test_child_of_a_fork_keeps_nothing_of_it_open(
     assert not child.receive()
 
 
+@both
 def test_forks_while_threads_register_find_everything_complete(
     build: Path, daemon: Daemon, programs: list[Program]
 ) -> None:
@@ -697,6 +707,7 @@ def test_forks_while_threads_register_find_everything_complete(
     assert len(client.seen) > 0
 
 
+@both
 @pytest.mark.parametrize("death", ["killed", "stopped"])
 def test_daemon_that_dies_or_stops_does_not_disturb_threads(
     build: Path, daemon: Daemon, programs: list[Program], death: str
@@ -855,7 +866,6 @@ def test_header_is_cpp_as_well(build: Path, tmp_path: Path) -> None:
     subprocess.run([tmp_path / "program"], check=True, timeout=LIMIT, env=environment)
 
 
-@pytest.mark.embedded
 @pytest.mark.skipif(
     Path(aioummu.DEFAULT_PATH).exists(), reason="it would take the driver"
 )
@@ -876,6 +886,7 @@ def test_sanitizers_find_nothing(
     reader.join(LIMIT)
 
 
+@both
 def test_real_daemon_takes_it(
     build: Path, tmp_path: Path, programs: list[Program]
 ) -> None:

@@ -291,7 +291,6 @@ def wait_until(is_so: Callable[[dict[str, float]], bool], service: Service) -> N
 
 
 @needs_systemd
-@pytest.mark.embedded
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_daemon_works_with_the_rights_of_the_unit(service: Service) -> None:
     service.wait_for("READY=1")
@@ -455,7 +454,6 @@ def test_dashboard_takes_its_data_from_wherever_the_viewer_says() -> None:
 
 
 @pytest.mark.parametrize("with_prometheus", [False, True])
-@pytest.mark.embedded
 def test_two_nodes_are_seen_together(with_prometheus: bool, tmp_path: Path) -> None:
     pytest.importorskip("memtrackd.service")
     prometheus = find_tool("prometheus") if with_prometheus else ""

@@ -33,7 +33,6 @@ NAMES = [
 LIMIT = 180
 
 pytestmark = [
-    pytest.mark.embedded,
     pytest.mark.skipif(
         shutil.which("mpirun") is None,
         reason="there is no mpirun: it is in Debian's openmpi-bin",
