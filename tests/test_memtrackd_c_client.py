@@ -403,6 +403,7 @@ def test_refusal_is_told_and_final(daemon: Daemon, scripts: Scripts) -> None:
         assert not attach(), "taken"
         say(error.value.decode())
         tracker = attach()
+        assert register(b"never read") > 0
         say(attached())
         wait_for_word()
         say(f"{attached()} {error.value.decode()}")

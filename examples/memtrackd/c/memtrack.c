@@ -435,18 +435,27 @@ static const char *value_of(const char *json, const char *key)
 	return strcmp(name, key) ? NULL : json + length;
 }
 
-static void hear(struct memtrack *tracker)
+static ssize_t receive(struct memtrack *tracker)
+{
+	return recv(tracker->daemon.fd, tracker->packet, PACKET_SIZE - 1, MSG_DONTWAIT);
+}
+
+/* Returns whether there was something, if only the end. */
+static bool hear(struct memtrack *tracker)
 {
 	const char *refusal;
 	ssize_t size;
 
-	size = recv(tracker->daemon.fd, tracker->packet, PACKET_SIZE - 1, MSG_DONTWAIT);
+	size = receive(tracker);
+	/* It has not read all of ours; what it said comes after that. */
+	if (size < 0 && errno == ECONNRESET)
+		size = receive(tracker);
 	if (size < 0 && (errno == EAGAIN || errno == EINTR))
-		return;
+		return false;
 	if (size <= 0) {
 		set_error(tracker, "the daemon is gone");
 		disconnect(tracker);
-		return;
+		return true;
 	}
 	tracker->packet[size] = 0;
 	refusal = value_of(tracker->packet, "error");
@@ -459,6 +468,7 @@ static void hear(struct memtrack *tracker)
 		tracker->refused = true;
 		disconnect(tracker);
 	}
+	return true;
 }
 
 /* Hears what there is; returns whether something can be said now. */
@@ -570,7 +580,8 @@ static bool say_list(struct memtrack *tracker, enum state from, enum state to)
 	if (sent < 0) {
 		set_error(tracker, "the daemon is gone");
 		/* Or has it said why? */
-		hear(tracker);
+		while (is_connected(tracker) && hear(tracker))
+			;
 		disconnect(tracker);
 		return false;
 	}
