@@ -178,16 +178,16 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def browser(running: Chrome, site: Site) -> Iterator[Chrome]:
     """A browser that has seen nothing; afterwards, there is nothing to complain of."""
     for kind in ("browser", "performance"):
-        running.get_log(kind)
+        logged(running, kind)
     resize(running, 1200)
     emulate(running)
     yield running
-    complaints = [entry["message"] for entry in running.get_log("browser")]
+    complaints = [entry["message"] for entry in logged(running, "browser")]
     # It has left before the server ends, and asked nobody else.
     running.get("about:blank")
     requests = [
         message["params"]["request"]["url"]
-        for entry in running.get_log("performance")
+        for entry in logged(running, "performance")
         if (message := json.loads(entry["message"])["message"])["method"]
         == "Network.requestWillBeSent"
     ]
@@ -197,6 +197,12 @@ def browser(running: Chrome, site: Site) -> Iterator[Chrome]:
     own = (site.origin + "/", "data:", "about:", "chrome:")
     foreign = [url for url in requests if not url.startswith(own)]
     assert foreign == []
+
+
+def logged(browser: Chrome, kind: str) -> list[dict[str, Any]]:
+    """Return what was logged since the last time."""
+    entries: list[dict[str, Any]] = browser.get_log(kind)  # type: ignore[no-untyped-call]
+    return entries
 
 
 def resize(browser: Chrome, width: int, height: int = 900, ratio: float = 1) -> None:
@@ -223,13 +229,13 @@ def emulate(browser: Chrome, scheme: str = "light", motion: str = "") -> None:
 def until(browser: Chrome, script: str, *arguments: Any) -> Any:  # noqa: ANN401
     """Wait until the script returns something true, and return that."""
     return WebDriverWait(browser, LIMIT, poll_frequency=0.05).until(
-        lambda _: browser.execute_script(script, *arguments),  # type: ignore[no-untyped-call]
+        lambda _: browser.execute_script(script, *arguments),
         f"never true: {script}",
     )
 
 
 def run(browser: Chrome, script: str, *arguments: Any) -> Any:  # noqa: ANN401
-    return browser.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+    return browser.execute_script(script, *arguments)
 
 
 def opened(browser: Chrome, site: Site) -> None:

@@ -381,7 +381,12 @@ def make_app(
             raise web.HTTPServiceUnavailable(
                 text=f"There are {VIEWERS} viewers already.\n"
             )
-        return await _stream(request, "text/event-stream", feed.follow())
+        response = await _stream(request, "text/event-stream", feed.follow())
+        # We end. Who has not taken what was sent would hold up the connection.
+        transport = request.transport
+        if transport is not None and transport.get_write_buffer_size():
+            transport.abort()
+        return response
 
     async def clients(request: web.Request) -> web.StreamResponse:
         pieces = (piece.encode() async for piece in feed.snapshot())
