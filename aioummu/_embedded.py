@@ -248,6 +248,22 @@ class EmbeddedDevice:
             )
         raise DeviceError(code, f"no records can be forwarded: {os.strerror(code)}")
 
+    def flush(self) -> bool:
+        """Send what there is to be forwarded now, as far as there is room for it.
+
+        Unregistering a region drops its report; who wants that to be read by the
+        other process calls this before, until it is true.
+
+        :returns: False if there was no room for some of it; True if all was sent, or
+            if there is nobody to send to
+        :raises ClosedError: if the device is closed
+        :raises ForkedError: in a forked child
+        """
+        if not self._number:
+            raise self._gone()
+        result: int = lib.aioummu_flush(self._number)
+        return result != -errno.EAGAIN
+
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         """Read records into a buffer of at least 32 bytes.
 

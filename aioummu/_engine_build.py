@@ -35,7 +35,7 @@ ffibuilder.cdef(
     int aioummu_generation(int notifier, uint64_t *generation);
     int aioummu_fence(void);
     int aioummu_forward(int notifier, int socket);
-    void aioummu_flush(int notifier);
+    int aioummu_flush(int notifier);
     void aioummu_close(int notifier);
 
     #define AIOUMMU_MAX_REGIONS ...

@@ -111,10 +111,12 @@ int aioummu_forward(int notifier, int socket);
 
 /*
  * Sends what there is to be sent, as far as the reader has left room, from the
- * calling thread: before the notifier is closed or the process ends, so that the
- * thread's records are not lost with it.
+ * calling thread: before a region is unregistered or the notifier closed, so that
+ * their reports are not dropped.  Returns 0 if everything was sent, -EAGAIN if there
+ * was no room for some of it, or another negative errno if there is nobody to send
+ * to.
  */
-void aioummu_flush(int notifier);
+int aioummu_flush(int notifier);
 
 /* Returns a duplicate of the notifier's doorbell. */
 int aioummu_doorbell(int notifier);

@@ -20,6 +20,7 @@
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/queue.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -31,6 +32,8 @@
 
 /* Records of a packet. */
 #define PACKET_RECORDS	64
+/* Packets that are sent before others get their turn. */
+#define PACKETS_AT_ONCE	64
 /* Milliseconds after which the thread looks whether its descriptors are its own. */
 #define POLL_TIMEOUT	1000
 
@@ -40,12 +43,18 @@
  * @notifier:	its number
  * @doorbell:	readable when there are records; hung up when it is closed
  * @socket:	where they go
+ * @wake:	an eventfd: there is something in @packet
+ * @packet:	records that were read
+ * @size:	of them in bytes, 0 once they are sent
  */
 struct forward {
 	LIST_ENTRY(forward)	link;
 	int			notifier;
 	struct descriptor	doorbell;
 	struct descriptor	socket;
+	struct descriptor	wake;
+	struct ummunotify_event	packet[PACKET_RECORDS];
+	ssize_t			size;
 };
 
 /* What forked children have to close.  Nobody waits while holding the lock. */
@@ -56,6 +65,7 @@ static void close_forward(struct forward *forward)
 {
 	close_owned(&forward->doorbell);
 	close_owned(&forward->socket);
+	close_owned(&forward->wake);
 }
 
 static void before_fork(void)
@@ -87,64 +97,112 @@ __attribute__((constructor)) static void handle_forks(void)
 					    after_fork_in_child);
 }
 
-/* Waits until one of them has what is asked for; false: one is gone. */
-static bool wait_for(const struct forward *forward, short of_doorbell,
-		     short of_socket)
+/* Waits for an event of one of them; false: the connection or the notifier is gone. */
+static bool wait_for(const struct forward *forward, struct pollfd *polled,
+		     nfds_t count)
 {
 	const short broken = POLLERR | POLLHUP | POLLNVAL;
-	struct pollfd polled[] = {
-		{ .fd = forward->doorbell.fd, .events = of_doorbell },
-		{ .fd = forward->socket.fd, .events = of_socket },
-	};
 	uint64_t generation;
-	int count;
+	short events = 0;
+	int ready;
 
 	do {
-		count = poll(polled, 2, POLL_TIMEOUT);
-		if (count < 0 && errno != EINTR)
+		ready = poll(polled, count, POLL_TIMEOUT);
+		if (ready < 0 && errno != EINTR)
 			return false;
 		/* If not, it would write to somebody else's file. */
-		if (!is_owned(&forward->doorbell) || !is_owned(&forward->socket))
+		if (!is_owned(&forward->doorbell) || !is_owned(&forward->socket) ||
+		    !is_owned(&forward->wake))
 			return false;
 		/* A child may have a copy of the doorbell, which never ends then. */
-		if (!count && aioummu_generation(forward->notifier, &generation))
+		if (!ready && aioummu_generation(forward->notifier, &generation))
 			return false;
-	} while (count <= 0);
-	return !((polled[0].revents | polled[1].revents) & broken);
+	} while (ready <= 0);
+	for (nfds_t i = 0; i < count; i++)
+		events |= polled[i].revents;
+	return !(events & broken);
 }
 
-static ssize_t try_to_send(const struct forward *forward, const void *packet,
-			   size_t size)
+static bool wait_for_records(const struct forward *forward)
 {
-	return send(forward->socket.fd, packet, size, MSG_DONTWAIT | MSG_NOSIGNAL);
+	struct pollfd polled[] = {
+		{ .fd = forward->doorbell.fd, .events = POLLIN },
+		{ .fd = forward->socket.fd },
+		{ .fd = forward->wake.fd, .events = POLLIN },
+	};
+
+	return wait_for(forward, polled, 3);
 }
 
-/* Returns whether there is still somebody to send to. */
-static bool send_packet(const struct forward *forward, const void *packet, size_t size)
+/* The notifier may be closed: what was read from it is sent all the same. */
+static bool wait_for_room(const struct forward *forward)
+{
+	struct pollfd polled = { .fd = forward->socket.fd, .events = POLLOUT };
+
+	return wait_for(forward, &polled, 1);
+}
+
+/*
+ * Sends what is to be sent, until there is no more or no room for it.  What was
+ * read and could not be sent stays here, for the next time.  Under forwards_lock,
+ * and so in order.  Returns -EAGAIN if there is no room, or another negative errno
+ * if there is nobody to send to, or nothing to be read any more.
+ */
+static int send_all(struct forward *forward)
+{
+	int error;
+
+	for (unsigned int i = 0; i < PACKETS_AT_ONCE; i++) {
+		if (!forward->size)
+			forward->size = aioummu_read(forward->notifier,
+						     forward->packet,
+						     sizeof(forward->packet));
+		if (forward->size <= 0) {
+			error = (int)forward->size;
+			forward->size = 0;
+			return error;
+		}
+		if (!is_owned(&forward->socket))
+			return -EBADF;
+		if (send(forward->socket.fd, forward->packet,
+			 (size_t)forward->size, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+			return errno == EINTR ? -EAGAIN : -errno;
+		forward->size = 0;
+	}
+	return 0;
+}
+
+static bool has_unsent(const struct forward *forward)
+{
+	bool result;
+
+	pthread_mutex_lock(&forwards_lock);
+	result = forward->size > 0;
+	pthread_mutex_unlock(&forwards_lock);
+	return result;
+}
+
+static bool deliver(struct forward *forward)
 {
 	const struct timespec delay = { .tv_nsec = 1000000 };
-
-	while (try_to_send(forward, packet, size) < 0) {
-		if (errno == ENOMEM || errno == ENOBUFS)
-			nanosleep(&delay, NULL);
-		else if (errno != EAGAIN && errno != EINTR)
-			return false;
-		if (!wait_for(forward, 0, POLLOUT))
-			return false;
-	}
-	return true;
-}
-
-static bool deliver(const struct forward *forward)
-{
-	struct ummunotify_event packet[PACKET_RECORDS];
-	ssize_t size;
+	uint64_t count;
+	int error;
 
 	/* Room first: until it is read, a report can take in others. */
-	if (!wait_for(forward, POLLIN, 0) || !wait_for(forward, 0, POLLOUT))
+	if (!has_unsent(forward) && !wait_for_records(forward))
 		return false;
-	size = aioummu_read(forward->notifier, packet, sizeof(packet));
-	return size >= 0 && (!size || send_packet(forward, packet, size));
+	while (read(forward->wake.fd, &count, sizeof(count)) < 0 && errno == EINTR)
+		;
+	if (!wait_for_room(forward))
+		return false;
+	pthread_mutex_lock(&forwards_lock);
+	error = send_all(forward);
+	pthread_mutex_unlock(&forwards_lock);
+	if (error == -ENOMEM || error == -ENOBUFS) {
+		nanosleep(&delay, NULL);
+		return true;
+	}
+	return !error || error == -EAGAIN;
 }
 
 static void *run(void *argument)
@@ -225,6 +283,10 @@ static int open_forward(struct forward *forward, int notifier, int socket)
 	if (fd < 0)
 		return fd;
 	own(&forward->socket, fd);
+	fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (fd < 0)
+		return -errno;
+	own(&forward->wake, fd);
 	return 0;
 }
 
@@ -238,6 +300,8 @@ int aioummu_forward(int notifier, int socket)
 		return -ENOMEM;
 	forward->doorbell.fd = -1;
 	forward->socket.fd = -1;
+	forward->wake.fd = -1;
+	forward->size = 0;
 	pthread_mutex_lock(&forwards_lock);
 	error = open_forward(forward, notifier, socket);
 	if (!error)
@@ -252,18 +316,20 @@ int aioummu_forward(int notifier, int socket)
 	return error;
 }
 
-void aioummu_flush(int notifier)
+int aioummu_flush(int notifier)
 {
-	struct ummunotify_event packet[PACKET_RECORDS];
+	const uint64_t one = 1;
 	struct forward *forward;
-	ssize_t size;
+	int error = -ENOTCONN;
 
 	pthread_mutex_lock(&forwards_lock);
 	forward = find_forward(notifier);
-	while (forward && is_owned(&forward->socket)) {
-		size = aioummu_read(notifier, packet, sizeof(packet));
-		if (size <= 0 || try_to_send(forward, packet, (size_t)size) < 0)
-			break;
-	}
+	if (forward)
+		error = send_all(forward);
+	if (error == -EAGAIN && is_owned(&forward->wake))
+		while (write(forward->wake.fd, &one, sizeof(one)) < 0 &&
+		       errno == EINTR)
+			;
 	pthread_mutex_unlock(&forwards_lock);
+	return error;
 }

@@ -143,6 +143,29 @@ static void who_does_not_read_holds_up_nobody(void)
 	must_end(reader);
 }
 
+static void flushing_without_room_loses_nothing(void)
+{
+	enum { PAGES = 2000 };
+	int number = open_notifier(), reader = forward(number);
+	bool reported[PAGES] = { false };
+	char *memory = map(PAGES);
+
+	watch_pages(number, memory, PAGES);
+	for (size_t i = 0; i < PAGES; i++) {
+		drop(memory, i);
+		aioummu_flush(number);
+	}
+	CHECK_EQUAL(aioummu_flush(number), -EAGAIN);
+	receive_until(reader, PAGES, reported);
+	for (size_t i = 0; i < PAGES; i++)
+		CHECK(reported[i]);
+	CHECK_EQUAL(aioummu_flush(number), 0);
+	aioummu_close(number);
+	must_end(reader);
+	/* Also harmless when there is nobody any more. */
+	aioummu_flush(number);
+}
+
 static void who_is_gone_holds_up_nobody(void)
 {
 	int number = open_notifier();
@@ -285,6 +308,7 @@ static void forwarding_and_closing_while_others_change_and_fork(void)
 
 static const struct test tests[] = {
 	TEST(who_does_not_read_holds_up_nobody),
+	TEST(flushing_without_room_loses_nothing),
 	TEST(who_is_gone_holds_up_nobody),
 	TEST(there_is_one_reader_at_a_time),
 	TEST(other_sockets_are_refused),

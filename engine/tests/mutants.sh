@@ -52,7 +52,7 @@ children_think_they_own_it|engine.c|engine_test|a_raw_child_is_told_that_it_is_a
 children_keep_the_parents|engine.c|engine_test|a_forked_child_has_no_watch_and_can_make_one|/^static void after_fork_in_child/,/^}/s/^\tengine.running = false;//
 numbers_are_written_blindly|descriptor.h|engine_test|descriptors_closed_behind_its_back_hang_nobody|/^static inline bool is_owned/,/^}/s/return descriptor->fd >= 0 .*/return 1 ||/
 children_keep_the_readers|forward.c|forward_test|a_forked_child_does_not_hide_the_end|/^static void after_fork_in_child/,/^}/s/^\t\tclose_forward(forward);/\t\t;/
-what_was_read_waits_for_the_reader|forward.c|forward_test|who_does_not_read_holds_up_nobody|/^static bool deliver/,/^}/s/^\tif (!wait_for(forward, POLLIN.*/\tpthread_mutex_lock(\&forwards_lock);\n&/
+what_was_read_and_not_sent_is_lost|forward.c|forward_test|flushing_without_room_loses_nothing|/^static int send_all/,/^}/s/^\t\tif (send(/\t\tssize_t size = forward->size;\n\t\tforward->size = 0;\n&/; /^static int send_all/,/^}/s/(size_t)forward->size/(size_t)size/
 the_greatest_end_is_forgotten|ranges.c|ranges_test|the_tree_does_what_an_array_does|/^void ranges_remove/,/^}/s/^\tupdate(node);//
 the_whole_tree_is_walked|ranges.c|ranges_test|a_million_ranges_stay_shallow|/^void ranges_visit/,/^}/s/while (root \&\& root->last_end > start)/while (root)/
 equal_starts_are_one|ranges.c|ranges_test|ranges_with_the_same_start_are_all_found|/^static bool is_before/,/^}/s/return (uintptr_t)a < (uintptr_t)b/return false/

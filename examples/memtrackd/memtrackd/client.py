@@ -47,6 +47,14 @@ if TYPE_CHECKING:
 RETRY = 1.0
 #: The same after it has refused again and again.
 LONGEST_RETRY = 60.0
+#: Seconds that close() waits, at most, for a daemon that is behind.
+PATIENCE = 0.1
+#: Seconds between two looks whether it has caught up.
+PAUSE = 0.002
+#: Unregistered regions that wait until their reports were sent.
+RETIRING = 4096
+#: Bytes that can be on their way to the daemon, if the system allows it.
+SEND_BUFFER = 1 << 20
 
 _LATER = {errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOMEM}
 
@@ -180,6 +188,10 @@ class Tracker:
         self._told: set[int] = set()
         self._new: dict[int, protocol.RegionEntry] = {}
         self._gone: set[int] = set()
+        # Not wanted any more, and still registered: their reports are to be sent.
+        self._retiring: dict[int, None] = {}
+        # On the driver: all reports up to this one were read.
+        self._read_generation = 0
         self._telling = False
         self._socket: socket.socket | None = None
         self._error: str | None = None
@@ -248,13 +260,14 @@ class Tracker:
         return region
 
     def unregister(self, region: Region) -> None:
-        """Stop tracking a region; harmless if repeated."""
+        """Stop tracking a region; harmless if repeated.
+
+        It stays registered until the daemon has what was reported of it by then.
+        """
         with self._lock:
             if not self._closed and region.cookie in self._regions:
+                self._retiring[region.cookie] = None
                 self._forget(region.cookie)
-                # The daemon has the driver's file as well, and may have done so.
-                with contextlib.suppress(aioummu.UnknownCookieError):
-                    self.device.unregister(region.cookie)
                 self._tell()
 
     def flush(self) -> bool:
@@ -269,17 +282,22 @@ class Tracker:
             return self._socket is not None and not (self._new or self._gone)
 
     def close(self) -> None:
-        """Stop watching, and let the daemon see the end; harmless if repeated."""
+        """Stop watching, and let the daemon see the end; harmless if repeated.
+
+        If it is busy, it gets a tenth of a second for what it has not heard of yet.
+        """
         with self._lock:
             if self._closed:
                 return
+            self._closed = True
             try:
-                self._tell()
+                until = time.monotonic() + PATIENCE
+                while self._say_more() and time.monotonic() < until:
+                    time.sleep(PAUSE)
             finally:
-                self._closed = True
                 # Sends what is to be reported yet, so it goes first.
                 self.device.close()
-                self._hang_up(None)
+                self._disconnect()
 
     def __enter__(self) -> Self:
         return self
@@ -334,6 +352,7 @@ class Tracker:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             connection.connect(os.fspath(self._path))
             if isinstance(device, aioummu.EmbeddedDevice):
                 connection.send(hello)
@@ -391,14 +410,50 @@ class Tracker:
             self._listen()
             if self._socket is None:
                 self._reconnect()
-            while self._socket is not None and (self._gone or self._new):
-                if not self._send(self._next_update()):
-                    return
+            self._say_more()
         finally:
             self._telling = False
 
+    def _say_more(self) -> bool:
+        """Return whether there is more to say, and somebody to say it to."""
+        while self._new:
+            if not self._send(self._next_update()):
+                break
+        self._retire()
+        while self._gone and not self._retiring:
+            if not self._send(self._next_update()):
+                break
+        is_behind = bool(self._new or self._gone or self._retiring)
+        return self._socket is not None and is_behind
+
+    def _retire(self) -> None:
+        """Unregister what is not wanted any more, once its reports were sent."""
+        if not self._retiring:
+            return
+        is_sent = self._is_all_sent()
+        while self._retiring and (is_sent or len(self._retiring) > RETIRING):
+            cookie = next(iter(self._retiring))
+            del self._retiring[cookie]
+            # The daemon has the driver's file as well, and may have done so.
+            with contextlib.suppress(aioummu.UnknownCookieError):
+                self.device.unregister(cookie)
+
+    def _is_all_sent(self) -> bool:
+        """Tell whether no report would be dropped by unregistering."""
+        if self._socket is None:
+            return True
+        if isinstance(self.device, aioummu.EmbeddedDevice):
+            return self.device.flush()
+        generation = self.device.generation
+        if generation != self._read_generation:
+            facts = Path(f"/proc/self/fdinfo/{self.device.fileno()}").read_text("ascii")
+            if "\nummunotify-pending:\t0\n" not in facts:
+                return False
+            self._read_generation = generation
+        return True
+
     def _next_update(self) -> protocol.Update:
-        if self._gone:
+        if not self._new:
             gone = itertools.islice(self._gone, protocol.COOKIES)
             return protocol.Update(unregister=tuple(gone))
         new = itertools.islice(self._new.values(), protocol.ENTRIES)
@@ -427,20 +482,22 @@ class Tracker:
     def _hang_up(self, reason: str | None) -> None:
         if self._error is None:
             self._error = reason
-        connection, self._socket = self._socket, None
-        if connection is not None:
+        if self._socket is not None:
             # The thread that forwards has a duplicate.
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._socket = self._socket, None
+        if connection is not None:
             connection.close()
 
     def _after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
         self._telling = False
         self._closed = self._forked = True
-        connection, self._socket = self._socket, None
-        if connection is not None:
-            connection.close()
+        self._disconnect()
 
 
 # Finalizers and fork handlers can come at any time: no lock.
