@@ -27,7 +27,9 @@ from tests.sandbox import PROJECT
 
 pytest.importorskip("memtrackd")
 import memtrackd
-from memtrackd import config, metrics, protocol
+from memtrackd import protocol
+from memtrackd.config import load_config
+from memtrackd.metrics import Metrics
 from memtrackd.tracking import Credentials, Tracking
 
 if TYPE_CHECKING:
@@ -123,15 +125,15 @@ def test_user_and_group_are_those_of_the_units(tmp_path: Path) -> None:
 
 def test_file_of_settings_shows_the_defaults() -> None:
     path = SYSTEMD / "memtrackd.toml"
-    config.load_config(["--config", str(path)], {})
+    load_config(["--config", str(path)], {})
     shown = tomllib.loads(re.sub(r"(?m)^# ([a-z-]+ = )", r"\1", path.read_text()))
     # What systemd's journal and socket unit want is different.
     for key in ("log", "log-file", "socket-group"):
         del shown[key]
     flags = [part for key, value in shown.items() for part in (f"--{key}", str(value))]
-    told = config.load_config(flags, {})
+    told = load_config(flags, {})
     # On this machine the default can be somewhere else.
-    default = config.load_config(["--socket", shown["socket"]], {})
+    default = load_config(["--socket", shown["socket"]], {})
     assert told == default
     (path_of_unit,) = settings("memtrackd.socket")["ListenSequentialPacket"]
     assert shown["socket"] == path_of_unit
@@ -405,7 +407,7 @@ def exported() -> dict[str, set[str]]:
     tracking.update(client, protocol.Update((entry,)), 0.0)
     flags = aioummu.HINT | aioummu.Cause.UNMAP.value
     tracking.report(client, [(aioummu.INVAL, flags, 4096, 8192, 1)], 0.0)
-    collected = metrics.Metrics(tracking, {"reason": 1}, {"log": int, "web": int})
+    collected = Metrics(tracking, {"reason": 1}, {"log": int, "web": int})
     collected.delivered(0.1)
     collected.canary_sang("driver", 0.1)
     text = anyio.run(collected.render).decode()
