@@ -339,12 +339,14 @@ def test_page_follows_without_a_reload(browser: Chrome, site: Site) -> None:
 def test_ended_client_is_shown_with_the_reason(browser: Chrome, site: Site) -> None:
     site.tracking.keep_ended = 1
     stays, goes = site.attach("stays"), site.attach("goes")
+    site.register(goes, (1, BASE, BASE + PAGE, "weights"))
     opened(browser, site)
     site.do(site.tracking.end, goes, "process ended", time.time())
     until(browser, "return document.querySelectorAll('#ended .card.gone').length === 1")
     card = browser.find_element(By.CSS_SELECTOR, "#ended .card")
     assert "goes" in card.text
     assert "process ended" in card.text
+    assert card.find_element(By.CLASS_NAME, "regions").text == "0"
     site.do(site.tracking.end, stays, "left", time.time())
     # The first one is forgotten now.
     until(
@@ -577,6 +579,18 @@ def populate(site: Site) -> Client:
     )
     for n in range(20):
         site.invalidate(cache, 1, first=90 * n, pages=80, at=moment - 39 + 1.9 * n)
+    pool = site.attach("buffer pool", "embedded")
+    buffers = [
+        (n, BASE + 3 * n * PAGE, BASE + (3 * n + 2) * PAGE, f"buffer {n}")
+        for n in range(60)
+    ]
+    site.register(pool, *buffers, at=moment - 58)
+    for n in range(150):
+        site.invalidate(
+            pool, n * n * 7 % 60, pages=2,
+            cause=(causes.CLEAR, causes.MOVE, causes.UNMAP)[n // 5 % 3],
+            at=moment - 56 + 0.36 * n,
+        )  # fmt: skip
     done = site.attach("import.py", "embedded")
     site.register(done, (1, BASE, BASE + 200 * PAGE, "rows"), at=moment - 55)
     site.invalidate(done, 1, first=40, pages=100, cause=causes.UNMAP, at=moment - 22)

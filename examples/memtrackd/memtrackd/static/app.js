@@ -10,16 +10,16 @@ const PAGE = 4096n;
 // In the order of what matters most, if there are several. What is told apart by
 // colour is told apart by its pattern, too.
 const KINDS = [
-  ["unmap", "unmapped", "solid"],
-  ["move", "moved", "rising"],
-  ["clear", "pages taken away", "dots"],
-  ["protect_mapping", "mapping protected", "rows"],
-  ["protect_page", "pages protected", "columns"],
-  ["migrate", "moved to a device", "falling"],
-  ["exclusive", "exclusive to a device", "grid"],
-  ["soft_dirty", "soft-dirty", "chequer"],
-  ["end", "process ended", "cross"],
-  ["changed", "changed (cause unknown)", "frame"],
+  ["unmap", "unmapped; on the driver, also moved elsewhere", "solid"],
+  ["move", "moved elsewhere", "rising"],
+  ["clear", "pages were taken away or exchanged", "dots"],
+  ["protect_mapping", "the protection of a mapping changed", "rows"],
+  ["protect_page", "the protection of pages changed", "columns"],
+  ["migrate", "pages move to or from a device", "falling"],
+  ["exclusive", "a device gets pages for itself", "grid"],
+  ["soft_dirty", "somebody watches which pages are written to", "chequer"],
+  ["end", "the process ends, or calls exec", "cross"],
+  ["changed", "the backend does not tell why", "frame"],
 ].map(([name, text, pattern], index) => ({ name, text, pattern, index }));
 const KIND = new Map(KINDS.map((kind) => [kind.name, kind]));
 
@@ -42,6 +42,7 @@ let theme = null;
 
 const now = () => frozen ?? Date.now() / 1000 + skew;
 const count = new Intl.NumberFormat("en").format;
+const spaced = (name) => name.replaceAll("_", " ");
 const plural = (n, one) => `${count(n)} ${one}${n === 1 ? "" : "s"}`;
 // Names are the clients': they shall not turn the text around them.
 const isolated = (text) => `\u2068${text}\u2069`;
@@ -265,8 +266,9 @@ function block(context, kind, exact, x, y, width, height) {
 }
 
 function drawLegend() {
-  const entry = (kind, text, exact) => {
+  const entry = (kind, text, title, exact) => {
     const item = document.createElement("li");
+    item.title = title;
     const canvas = document.createElement("canvas");
     canvas.width = 36;
     canvas.height = 28;
@@ -279,8 +281,8 @@ function drawLegend() {
     return item;
   };
   $("legend").replaceChildren(
-    ...KINDS.map((kind) => entry(kind, kind.text, true)),
-    entry(KIND.get("changed"), "several, somewhere in the region", false),
+    ...KINDS.map((kind) => entry(kind, spaced(kind.name), kind.text, true)),
+    entry(KIND.get("changed"), "several, somewhere", "not exact: several changes of the region", false),
   );
 }
 
@@ -577,7 +579,7 @@ function describe(client, thing) {
 }
 
 function causesOf(change) {
-  return change.causes.map((cause) => cause.replaceAll("_", " ")).join(" + ") || "changed";
+  return change.causes.map(spaced).join(" + ") || "changed";
 }
 
 function choose(client, thing) {
@@ -636,7 +638,7 @@ function noteLatest(changes) {
 function showLatest() {
   listTimer = 0;
   if (frozen !== null) return;
-  const span_ = (className, text) => {
+  const labelled = (className, text) => {
     const element = document.createElement(className === "name" ? "bdi" : "span");
     element.className = className;
     element.textContent = text;
@@ -648,9 +650,9 @@ function showLatest() {
     const item = document.createElement("li");
     const size = pages(change.start, change.end);
     item.append(
-      span_("when", clock(change.time)), " ", span_("name", change.client.name), " › ",
-      span_("name", change.region.name), " ", span_("cause", causesOf(change)),
-      span_("where", `0x${change.start.toString(16)}–0x${change.end.toString(16)} ` +
+      labelled("when", clock(change.time)), " ", labelled("name", change.client.name), " › ",
+      labelled("name", change.region.name), " ", labelled("cause", causesOf(change)),
+      labelled("where", `0x${change.start.toString(16)}–0x${change.end.toString(16)} ` +
         (change.exact ? size : `somewhere in ${size}`)),
     );
     return item;
@@ -767,6 +769,7 @@ const handlers = {
     client.ended = message.time;
     client.reason = message.reason;
     for (const region of client.regions) region.ended ??= message.time;
+    client.live = 0;
     touched(client);
     arrange();
   },
