@@ -335,6 +335,7 @@ def test_a_dead_daemon_holds_up_nobody_and_the_next_one_is_told(
     number = daemon.lines("attached")[-1]["client"]
     assert daemon.lines("attached")[-1]["pid"] == program.pid
     until(lambda: len(daemon.lines("changed")) >= 2 * REGIONS)
+    assert not daemon.lines("changed", region=None)
     for name in ("early", "late"):
         assert regions_of(daemon.lines("registered"), name) == all_of(name)
         assert regions_of(daemon.lines("changed"), name) == all_of(name)

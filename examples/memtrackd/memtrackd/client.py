@@ -194,6 +194,7 @@ class Tracker:
         self._read_generation = 0
         self._telling = False
         self._socket: socket.socket | None = None
+        self._forwards = False
         self._error: str | None = None
         self._closed = False
         self._forked = False
@@ -279,7 +280,9 @@ class Tracker:
         with self._lock:
             if not self._closed:
                 self._tell()
-            return self._socket is not None and not (self._new or self._gone)
+            return self._socket is not None and not (
+                self._new or self._gone or not self._forwards
+            )
 
     def close(self) -> None:
         """Stop watching, and let the daemon see the end; harmless if repeated.
@@ -356,13 +359,16 @@ class Tracker:
             connection.connect(os.fspath(self._path))
             if isinstance(device, aioummu.EmbeddedDevice):
                 connection.send(hello)
-                device.forward(connection.fileno())
+                # A daemon that was started again is told the names before.
+                if not self._regions:
+                    device.forward(connection.fileno())
             else:
                 socket.send_fds(connection, [hello], [device.fileno()])
         except BaseException:
             connection.close()
             raise
         self._socket = connection
+        self._forwards = not self._regions
         self._connected_at = time.monotonic()
         self._error = None
         self._new = dict(self._regions)
@@ -419,12 +425,27 @@ class Tracker:
         while self._new:
             if not self._send(self._next_update()):
                 break
+        self._forward()
         self._retire()
         while self._gone and not self._retiring:
             if not self._send(self._next_update()):
                 break
-        is_behind = bool(self._new or self._gone or self._retiring)
+        is_behind = bool(
+            self._new or self._gone or self._retiring or not self._forwards
+        )
         return self._socket is not None and is_behind
+
+    def _forward(self) -> None:
+        """Let reports go to a daemon that was started again, once it has the names."""
+        if self._forwards or self._new or self._socket is None:
+            return
+        if isinstance(self.device, aioummu.EmbeddedDevice):
+            try:
+                self.device.forward(self._socket.fileno())
+            except aioummu.DeviceError:
+                # The thread for the earlier connection has not noticed its end yet.
+                return
+        self._forwards = True
 
     def _retire(self) -> None:
         """Unregister what is not wanted any more, once its reports were sent."""
