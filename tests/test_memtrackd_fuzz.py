@@ -35,7 +35,7 @@ names = st.text(
 ).filter(lambda name: len(name.encode()) <= protocol.NAME_SIZE and name.isprintable())
 ranges = st.tuples(numbers, numbers).filter(lambda r: r[0] != r[1]).map(sorted)
 entries = st.builds(
-    lambda cookie, where, name: RegionEntry(cookie, *where, name),
+    lambda cookie, where, name: RegionEntry(cookie, where[0], where[1], name),
     numbers,
     ranges,
     names,

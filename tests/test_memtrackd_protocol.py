@@ -232,8 +232,7 @@ def descriptors(what: str, tmp_path: Path) -> Iterator[Sequence[int]]:
             yield fds[:1]
         elif what == "socket":
             pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            fds = tuple(stack.enter_context(s).fileno() for s in pair)
-            yield fds[:1]
+            yield [stack.enter_context(s).fileno() for s in pair][:1]
         elif what == "tcp":
             yield [stack.enter_context(socket.create_server(("127.0.0.1", 0))).fileno()]
         elif what == "listener":

@@ -165,7 +165,7 @@ def test_a_value_that_makes_no_sense_is_told_wherever_it_stands(
 
 def _complaint(arguments: list[str], environment: dict[str, str] | None = None) -> str:
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        written = []
+        written: list[str] = []
         patch.setattr(sys.stderr, "write", written.append, raising=False)
         stack.enter_context(pytest.raises((config.ConfigError, SystemExit)))
         try:
