@@ -79,6 +79,8 @@ TURN = 50
 ROUNDS = 50
 PAUSE = 1_000_000
 """Nanoseconds before a change that finds the daemon asleep."""
+#: Turns after which the socket of a daemon that is stopped is full.
+FILLING_TURNS = 20
 #: Microseconds that a client computes between two changes.
 PAUSES = (0, 10, 100)
 #: Seconds that a load lasts.
@@ -680,9 +682,11 @@ def slowdown(report: Report, options: argparse.Namespace) -> None:
         for running in (live, stopped):
             running.wait_for_regions(options.regions)
         stopped.signal(signal.SIGSTOP)
-        # What was reported once stays to be read where nobody reads.
+        # Where nobody reads, everything was reported once, and no socket has room.
         for crowd in crowds.values():
             crowd.all("change_each")
+            for _ in range(FILLING_TURNS):
+                crowd.all("measure", False, PAUSE)
         time.sleep(1)
         backend = crowds[NOBODY].one(0, "backend")
         print(f"\nBackend {backend!r}: what a change costs")
@@ -809,11 +813,20 @@ class Load:
         cpu, begun = self._daemon.cpu_time(), now()
         self._crowd.all(method, *arguments)
         seconds = now() - begun
-        # For what is still on its way.
-        time.sleep(0.5)
+        self._wait_for_calm()
         cpu, cpu_seconds = self._daemon.cpu_time() - cpu, now() - begun
         reports = self.settle().changes.total() - told
         return Phase(self._changes() - made, reports, seconds, cpu, cpu_seconds)
+
+    def _wait_for_calm(self) -> None:
+        """Wait until what was on its way was read and told."""
+
+        def calm() -> bool:
+            before = self._daemon.cpu_time()
+            time.sleep(0.25)
+            return self._daemon.cpu_time() - before <= 0.02
+
+        until(calm, "the daemon has nothing to do")
 
     def probe(self, count: int) -> list[float]:
         """Return seconds from an unmapping until /metrics shows it, polled."""
