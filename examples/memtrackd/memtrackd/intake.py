@@ -57,6 +57,8 @@ _ROOM = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _DESCRIPTOR_SIZE)
 _CREDENTIALS = struct.Struct("iII")
 # From Linux 6.16 on: messages may not bring descriptors.
 _SO_PASSRIGHTS = 83
+# From Linux 6.5 on: the process that has connected, whatever its number means here.
+_SO_PEERPIDFD = 77
 _RECORDS_AT_ONCE = 256
 
 
@@ -282,6 +284,7 @@ class _Visit:
                 tasks.start_soon(self._forever, partial(self._read_packets, client))
                 if device is not None:
                     tasks.start_soon(self._read_device, client, device)
+                tasks.start_soon(self._see_its_end)
         except* (_LeftError, _RefusedError) as group:
             errors += group.exceptions
         [error, *_] = errors
@@ -317,6 +320,19 @@ class _Visit:
             await anyio.wait_readable(self.connection)
             await read()
             await anyio.lowlevel.checkpoint()
+
+    async def _see_its_end(self) -> None:
+        """See the end of a process whose child keeps the connection open."""
+        try:
+            fd = self.connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError:
+            # An older kernel. Such a child is rare: it was forked without Python.
+            return
+        try:
+            await anyio.wait_readable(fd)
+        finally:
+            os.close(fd)
+        raise _LeftError("its process has ended")
 
     async def _read_device(self, client: Client, device: aioummu.Device) -> None:
         """Read the reports of the driver."""
