@@ -13,7 +13,7 @@ import time
 from collections import deque
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import attrs
 from aiohttp import web
@@ -69,6 +69,7 @@ _HEADERS = {
 }
 
 Json: TypeAlias = dict[str, Any]
+T = TypeVar("T")
 
 
 class _Message(NamedTuple):
@@ -77,6 +78,14 @@ class _Message(NamedTuple):
     number: int
     client: int
     data: bytes
+
+
+class _Counted(NamedTuple):
+    """A region, with its counters as they were at a moment."""
+
+    region: TrackedRegion
+    changes: int
+    causes: Json
 
 
 @attrs.define
@@ -225,11 +234,11 @@ class Feed:
                 marks[client.id] = self._number
             head, regions, history = _rows(client)
             yield f'{comma}{_dump(head)[:-1]},"regions":['
-            for piece in _pieces(regions):
+            for piece in _pieces(regions, _counted_region):
                 yield piece
                 await asyncio.sleep(0)
             yield '],"history":['
-            for piece in _pieces(history):
+            for piece in _pieces(history, _past_change):
                 yield piece
             yield "]}"
             comma = ","
@@ -249,7 +258,11 @@ class Feed:
         """Say that there is a new client."""
         if self._viewers:
             head, regions, history = _rows(client)
-            everything = {**head, "regions": regions, "history": history}
+            everything = {
+                **head,
+                "regions": [_counted_region(region) for region in regions],
+                "history": [_past_change(change) for change in history],
+            }
             self._send(client, "attached", {"time": time.time(), "client": everything})
 
     def updated(
@@ -502,7 +515,7 @@ def _is_good(host: str, names: Collection[str]) -> bool:
 # JSON.
 
 
-def _rows(client: Client) -> tuple[Json, list[Json], list[list[Any]]]:
+def _rows(client: Client) -> tuple[Json, list[_Counted], list[Change]]:
     """Return a client as it is now: all but its lists, its regions, its history."""
     who = client.credentials
     head = {
@@ -523,12 +536,17 @@ def _rows(client: Client) -> tuple[Json, list[Json], list[list[Any]]]:
     }
     # Those that are there last, so that a cookie that was used again means them.
     regions = [
-        _region(region)
+        _Counted(region, region.changes, dict(region.causes))
         for table in (client.ended_regions, client.regions)
         for region in table.values()
     ]
-    history = [[change.time, *_change(change)] for change in client.history]
-    return head, regions, history
+    return head, regions, list(client.history)
+
+
+def _counted_region(counted: _Counted) -> Json:
+    region = _region(counted.region)
+    region["changes"], region["causes"] = counted.changes, counted.causes
+    return region
 
 
 def _region(region: TrackedRegion) -> Json:
@@ -544,6 +562,10 @@ def _region(region: TrackedRegion) -> Json:
     }
 
 
+def _past_change(change: Change) -> list[Any]:
+    return [change.time, *_change(change)]
+
+
 def _change(change: Change) -> list[Any]:
     # Numbers of JavaScript cannot hold addresses.
     return [
@@ -555,10 +577,12 @@ def _change(change: Change) -> list[Any]:
     ]
 
 
-def _pieces(rows: list[Any]) -> Iterable[str]:
+def _pieces(rows: list[T], render: Callable[[T], object]) -> Iterable[str]:
     """Return the rows as JSON, a few at a time, with commas."""
     for first in range(0, len(rows), ROWS):
-        yield ("," if first else "") + _dump(rows[first : first + ROWS])[1:-1]
+        yield ("," if first else "") + _dump(
+            [render(row) for row in rows[first : first + ROWS]]
+        )[1:-1]
 
 
 def _dump(value: object) -> str:
