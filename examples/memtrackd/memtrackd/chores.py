@@ -12,56 +12,106 @@ import contextlib
 import os
 import pwd
 import queue
+import resource
+import socket
 import threading
 from typing import TYPE_CHECKING
 
 import anyio
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-#: Threads that close.
+#: Threads that close what strangers have sent.
 THREADS = 4
-#: Things to be closed; beyond that, nobody is let in any more.
-BACKLOG = 1000
+#: Users whose names are remembered.
+USERS = 1000
+#: Descriptors that the daemon keeps for itself.
+RESERVE = 128
 #: Hundredths of a second that a client waits for the name of its user.
 PATIENCE = 20
 
 
 class Closer:
-    """Closes descriptors and connections, elsewhere.
+    """Closes descriptors, elsewhere.
 
     Synchronization: any thread may call anything; nothing waits.
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        for number in range(THREADS):
-            name = f"closer {number}"
-            threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._limit = _raise_limit()
+        self._lock = threading.Lock()
+        self._asked = 0
+        self._closed = 0
+        self._of_strangers = self._start("strangers", THREADS)
+        self._of_ours = self._start("ours", 1)
 
-    @property
-    def is_stuck(self) -> bool:
-        """Whether so much waits to be closed that no more can be taken."""
-        return self._queue.qsize() > BACKLOG
+    def has_room_for(self, descriptors: int, in_use: int) -> bool:
+        """Tell whether so many could be received now.
+
+        Of those for which there is no room the kernel closes what was sent, in the
+        thread that receives.
+
+        :param in_use: descriptors that the caller has
+        """
+        waiting = self._asked - self._closed
+        return waiting + in_use + descriptors + RESERVE <= self._limit
 
     def close(self, descriptors: Iterable[int]) -> None:
-        """Close descriptors, some time."""
+        """Close what a stranger has sent, some time."""
         for fd in descriptors:
-            self._queue.put(lambda fd=fd: os.close(fd))  # type: ignore[misc]
+            self._put(self._of_strangers, fd)
 
     def hang_up(self, connection: socket.socket) -> None:
-        """Close a connection, some time, with what is unread in it."""
-        # The other side sees the end at once.
+        """Close a connection in which something unread of a stranger may be."""
+        # The other side sees the end at once, and sends no more.
         with contextlib.suppress(OSError):
-            connection.shutdown(2)
-        self._queue.put(connection.close)
+            connection.shutdown(socket.SHUT_RDWR)
+        try:
+            is_empty = not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            is_empty = True
+        if is_empty:
+            connection.close()
+        else:
+            self.close([connection.detach()])
 
-    def _run(self) -> None:
+    def close_own(self, fd: int) -> None:
+        """Close something that takes long, but not as long as others like."""
+        self._put(self._of_ours, fd)
+
+    def _put(self, descriptors: queue.SimpleQueue[int], fd: int) -> None:
+        with self._lock:
+            self._asked += 1
+        descriptors.put(fd)
+
+    def _start(self, whose: str, threads: int) -> queue.SimpleQueue[int]:
+        descriptors: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in range(threads):
+            threading.Thread(
+                target=self._run,
+                args=(descriptors,),
+                name=f"closer {whose} {number}",
+                daemon=True,
+            ).start()
+        return descriptors
+
+    def _run(self, descriptors: queue.SimpleQueue[int]) -> None:
         while True:
             with contextlib.suppress(OSError):
-                self._queue.get()()
+                os.close(descriptors.get())
+            with self._lock:
+                self._closed += 1
+
+
+def _raise_limit() -> int:
+    """Take as many descriptors as this process may have, and return how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 class UserNames:
@@ -78,7 +128,7 @@ class UserNames:
     async def name_of(self, uid: int) -> str:
         """Return the name; or the number, if it does not become known soon."""
         if uid not in self._names:
-            if len(self._names) > BACKLOG:
+            if len(self._names) > USERS:
                 self._names.clear()
             self._names[uid] = None
             self._queue.put(uid)

@@ -51,6 +51,8 @@ LONGEST_RETRY = 60.0
 PATIENCE = 0.1
 #: Seconds between two looks whether it has caught up.
 PAUSE = 0.002
+#: The same for one that takes long.
+LONGEST_PAUSE = 0.1
 #: Unregistered regions that wait until their reports were sent.
 RETIRING = 4096
 #: Bytes that can be on their way to the daemon, if the system allows it.
@@ -193,6 +195,8 @@ class Tracker:
         # On the driver: all reports up to this one were read.
         self._read_generation = 0
         self._telling = False
+        # There is a thread that says what did not fit.
+        self._is_behind = False
         self._socket: socket.socket | None = None
         self._forwards = False
         self._error: str | None = None
@@ -280,9 +284,7 @@ class Tracker:
         with self._lock:
             if not self._closed:
                 self._tell()
-            return self._socket is not None and not (
-                self._new or self._gone or not self._forwards
-            )
+            return self._socket is not None and not self._has_more()
 
     def close(self) -> None:
         """Stop watching, and let the daemon see the end; harmless if repeated.
@@ -416,9 +418,29 @@ class Tracker:
             self._listen()
             if self._socket is None:
                 self._reconnect()
-            self._say_more()
+            if self._say_more() and not self._is_behind:
+                self._is_behind = True
+                threading.Thread(
+                    target=self._catch_up, name="memtrackd", daemon=True
+                ).start()
         finally:
             self._telling = False
+
+    def _catch_up(self) -> None:
+        """Say the rest as the daemon reads, though the program makes no more calls."""
+        pause = PAUSE
+        while True:
+            with self._lock:
+                if self._closed or self.flush() or self._socket is None:
+                    self._is_behind = False
+                    return
+                fd = self._socket.fileno()
+            # If another file has that number by now, it is polled in vain, no more.
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            poll.poll(1000)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _say_more(self) -> bool:
         """Return whether there is more to say, and somebody to say it to."""
@@ -430,10 +452,10 @@ class Tracker:
         while self._gone and not self._retiring:
             if not self._send(self._next_update()):
                 break
-        is_behind = bool(
-            self._new or self._gone or self._retiring or not self._forwards
-        )
-        return self._socket is not None and is_behind
+        return self._socket is not None and self._has_more()
+
+    def _has_more(self) -> bool:
+        return bool(self._new or self._gone or self._retiring or not self._forwards)
 
     def _forward(self) -> None:
         """Let reports go to a daemon that was started again, once it has the names."""

@@ -40,6 +40,8 @@ ACCEPT_PAUSE = 0.1
 COMPLAIN_EVERY = 60.0
 #: Seconds for what clients have sent before the daemon was told to end.
 DRAIN_TIME = 2.0
+#: Descriptors for each client.
+DESCRIPTORS = 4
 #: Packets of a client that are taken in at once.
 PACKETS_AT_ONCE = 16
 #: Seconds that a client rests for each region that it announces, or change.
@@ -163,12 +165,6 @@ class Intake:
             raise _RefusedError(
                 "too many clients", f"at most {self.max_clients} clients at a time"
             )
-        if self._closer.is_stuck:
-            raise _RefusedError(
-                "too many clients",
-                "too much that clients have sent cannot be closed: the daemon has to "
-                "be started again",
-            )
         visit = _Visit(self, connection)
         with anyio.move_on_after(HELLO_TIMEOUT) as limit:
             hello, device = await visit.receive_hello()
@@ -193,13 +189,18 @@ class Intake:
                     # Its last close unregisters everything, which takes a while.
                     last = os.dup(device.fileno())
                     device.close()
-                    self._closer.close([last])
+                    self._closer.close_own(last)
 
     def report(self, client: Client, records: Sequence[aioummu.Record]) -> None:
         """Take in what one read of a client's notifier gave."""
         begun = time.perf_counter()
         self.tracking.report(client, records, time.time())
         self.delivered(time.perf_counter() - begun)
+
+    def has_room(self) -> bool:
+        """Tell whether all that a message can bring could be received."""
+        in_use = DESCRIPTORS * self._connections
+        return self._closer.has_room_for(_MOST_DESCRIPTORS, in_use)
 
     def discard(self, descriptors: Sequence[int]) -> None:
         """Get rid of what a client has sent."""
@@ -339,7 +340,8 @@ class _Visit:
         while True:
             await anyio.wait_readable(device)
             # A region is announced before it is registered, and so before this.
-            await self._read_packets(client)
+            while await self._read_packets(client) == PACKETS_AT_ONCE:
+                pass
             size = self._read_records(client, device)
             if size == 0:
                 raise _LeftError("its memory is gone")
@@ -397,6 +399,12 @@ class _Visit:
 
         Empty at the end.
         """
+        if not self.intake.has_room():
+            raise _RefusedError(
+                "too many descriptors",
+                "clients have sent too many descriptors that cannot be closed, or the "
+                "daemon may not have enough of them (LimitNOFILE=)",
+            )
         try:
             data, ancillary, flags, _ = self.connection.recvmsg(
                 protocol.PACKET_SIZE,

@@ -220,6 +220,7 @@ class LogOutput:
                         client=client.id,
                         name=client.name,
                         region=region.name,
+                        cookie=region.cookie,
                         start=f"{region.start:#x}",
                         end=f"{region.end:#x}",
                     )
@@ -237,6 +238,7 @@ class LogOutput:
                     client=client.id,
                     name=client.name,
                     region=None if region is None else region.name,
+                    cookie=change.cookie,
                     start=f"{change.start:#x}",
                     end=f"{change.end:#x}",
                     exact=change.exact,

@@ -25,6 +25,11 @@ HISTORY = 512
 #: Regions of a client that are remembered after they were unregistered, so that a
 #: report that was on its way then still finds them: more than one message can end.
 ENDED_REGIONS = 4096
+#: Changes of a client that wait for their region to be announced: what does not fit
+#: the socket comes later than it should.
+UNKNOWN = 4096
+#: Regions that are remembered of a client that has ended: some that have changed.
+KEPT_REGIONS = 1000
 #: Names of regions that are counted apart for a client; all others are one.
 NAMES = 1000
 OTHER_NAMES = "(other)"
@@ -101,7 +106,9 @@ class Client:
     changes: int = 0
     """Reports that were read."""
     unattributed: int = 0
-    """Those of them that belong to no region that the daemon knows."""
+    """Those of them that belong to no region that the daemon ever heard of."""
+    unknown: list[tuple[int, tuple[str, ...]]] = attrs.field(factory=list)
+    """Cookies and causes of those of which it may yet hear."""
     bytes: int = 0
     """In the regions that are registered now."""
     changes_by_name: Counter[str] = attrs.field(factory=Counter)
@@ -114,6 +121,25 @@ class Client:
     """By cookie; the latest :data:`ENDED_REGIONS`."""
     history: deque[Change] = attrs.field(factory=lambda: deque(maxlen=HISTORY))
     """The latest changes, oldest first."""
+
+    def count(self, region: TrackedRegion, causes: tuple[str, ...]) -> None:
+        """Count a change of a region."""
+        region.changes += 1
+        name = self.counted_name(region)
+        self.changes_by_name[name] += 1
+        for cause in causes:
+            region.causes[cause] += 1
+            self.causes_by_name[name, cause] += 1
+
+    def attribute(self) -> None:
+        """Count the changes of regions that have become known since."""
+        unknown, self.unknown = self.unknown, []
+        for cookie, causes in unknown:
+            region = self.region(cookie)
+            if region is None:
+                self.unknown.append((cookie, causes))
+            else:
+                self.count(region, causes)
 
     def counted_name(self, region: TrackedRegion) -> str:
         """Return the name under which changes of the region are counted."""
@@ -252,6 +278,8 @@ class Tracking:
             client.bytes += region.end - region.start
             added.append(region)
         self.regions += len(added)
+        if client.unknown and added:
+            client.attribute()
         self._tell(lambda listener: listener.updated(client, added, ended))
 
     def report(
@@ -268,15 +296,12 @@ class Tracking:
                 Change(time, number, start, end, bool(flags & aioummu.HINT), causes)
             )
             region = client.region(number)
-            if region is None:
-                client.unattributed += 1
+            if region is not None:
+                client.count(region, causes)
+            elif len(client.unknown) < UNKNOWN:
+                client.unknown.append((number, causes))
             else:
-                region.changes += 1
-                name = client.counted_name(region)
-                client.changes_by_name[name] += 1
-                for cause in causes:
-                    region.causes[cause] += 1
-                    client.causes_by_name[name, cause] += 1
+                client.unattributed += 1
         client.changes += len(changes)
         self.changes_total += len(changes)
         client.history.extend(changes)
@@ -287,9 +312,16 @@ class Tracking:
         if client.ended is not None:
             return
         client.ended, client.reason = time, reason
+        client.unattributed += len(client.unknown)
+        client.unknown.clear()
+        self.regions -= len(client.regions)
         for region in client.regions.values():
             region.ended = time
-        self.regions -= len(client.regions)
+        # What is of interest yet; a hundred clients can have millions.
+        changed = (r for r in client.regions.values() if r.changes)
+        kept = itertools.islice(changed, KEPT_REGIONS)
+        client.regions = {region.cookie: region for region in kept}
+        client.ended_regions.clear()
         self._tell(lambda listener: listener.ended(client))
         self._ended.append(client)
         self.forget_some()
