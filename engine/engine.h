@@ -105,7 +105,8 @@ int aioummu_fence(void);
  * waits for the reader: while that one is slow, reports coalesce.  It ends with the
  * notifier or the connection.  It has a duplicate of the socket; the caller may go
  * on using his, or close it.  Do not read the notifier meanwhile.  -EPROTOTYPE if
- * it is another socket, -EBUSY if there is such a thread.
+ * it is another socket, -EBUSY if there is such a thread.  What was sent to a reader
+ * that is gone is lost; what was not is kept for the next one.
  */
 int aioummu_forward(int notifier, int socket);
 

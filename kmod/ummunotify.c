@@ -542,9 +542,10 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 
 /*
  * A range is settled while all regions that overlap it are pending with reports
- * that cover it and its causes: from the walk that made them so until one of them is read, or
- * a region registered.  The end of an invalidation has nothing to do then, which
- * is the normal case, and need not search.  The latest range is remembered.
+ * that cover it and its causes: from the walk that made them so until one of
+ * them is read, or a region registered.  The end of an invalidation has nothing
+ * to do then, which is the normal case, and need not search.  The latest range is
+ * remembered.
  */
 static void ummunotify_settle(struct ummunotify_ctx *ctx, unsigned long start,
 			      unsigned long last, u32 causes)

@@ -22,8 +22,8 @@ import anyio
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: Threads that close what strangers have sent.
-THREADS = 4
+#: Threads that close what strangers have sent, at most: that many can hang.
+THREADS = 64
 #: Users whose names are remembered.
 USERS = 1000
 #: Descriptors that the daemon keeps for itself.
@@ -43,8 +43,10 @@ class Closer:
         self._lock = threading.Lock()
         self._asked = 0
         self._closed = 0
-        self._of_strangers = self._start("strangers", THREADS)
-        self._of_ours = self._start("ours", 1)
+        self._of_strangers: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._of_ours: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._threads = 0
+        self._start(self._of_ours)
 
     def has_room_for(self, descriptors: int, in_use: int) -> bool:
         """Tell whether so many could be received now.
@@ -61,6 +63,9 @@ class Closer:
         """Close what a stranger has sent, some time."""
         for fd in descriptors:
             self._put(self._of_strangers, fd)
+            if self._threads < min(self._asked - self._closed, THREADS):
+                self._threads += 1
+                self._start(self._of_strangers)
 
     def hang_up(self, connection: socket.socket) -> None:
         """Close a connection in which something unread of a stranger may be."""
@@ -85,16 +90,10 @@ class Closer:
             self._asked += 1
         descriptors.put(fd)
 
-    def _start(self, whose: str, threads: int) -> queue.SimpleQueue[int]:
-        descriptors: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for number in range(threads):
-            threading.Thread(
-                target=self._run,
-                args=(descriptors,),
-                name=f"closer {whose} {number}",
-                daemon=True,
-            ).start()
-        return descriptors
+    def _start(self, descriptors: queue.SimpleQueue[int]) -> None:
+        threading.Thread(
+            target=self._run, args=(descriptors,), name="closer", daemon=True
+        ).start()
 
     def _run(self, descriptors: queue.SimpleQueue[int]) -> None:
         while True:

@@ -316,7 +316,8 @@ class Tracker:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not self._closed:
+            self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._name!r} at {str(self._path)!r}>"
@@ -386,13 +387,13 @@ class Tracker:
 
     def _listen(self) -> None:
         """Hear why the daemon hangs up, if it does."""
-        while self._socket is not None:
+        while (connection := self._socket) is not None:
             try:
                 try:
-                    packet = self._socket.recv(protocol.PACKET_SIZE)
+                    packet = connection.recv(protocol.PACKET_SIZE)
                 except ConnectionResetError:
                     # It has not read all of ours; what it said comes after that.
-                    packet = self._socket.recv(protocol.PACKET_SIZE)
+                    packet = connection.recv(protocol.PACKET_SIZE)
                 answer = protocol.decode_answer(packet) if packet else None
             except BlockingIOError:
                 return
@@ -559,7 +560,8 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 def _close_all() -> None:
     """Report what happened last, though the program did not close its tracker."""
     for tracker in list(_trackers):
-        tracker.close()
+        with contextlib.suppress(Exception):
+            tracker.close()
 
 
 def _is_readable(connection: socket.socket, timeout: float) -> bool:

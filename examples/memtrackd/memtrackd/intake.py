@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import math
 import os
 import socket
 import struct
@@ -106,6 +107,8 @@ class Intake:
     """Told how long the outputs took for what one read gave."""
     refused: Counter[str] = attrs.field(factory=Counter)
     """How many clients were sent away, by the kind of reason."""
+    rests: anyio.Lock = attrs.field(factory=anyio.Lock)
+    """Held by the client that rests."""
     _connections: int = 0
     _closer: Closer = attrs.field(factory=Closer)
     _users: UserNames = attrs.field(factory=UserNames)
@@ -174,22 +177,31 @@ class Intake:
             hello.name, hello.backend, credentials, time.time()
         )
         reason = "the daemon ends"
+        is_refused = False
         try:
             _answer(connection, protocol.Welcome(client.id))
             reason = await visit.follow(client, device)
         except _RefusedError as error:
-            reason = str(error)
+            reason, is_refused = str(error), True
+            raise
+        except Exception as error:
+            reason = f"internal error: {error!r}"
             raise
         finally:
             try:
-                await visit.read_the_rest(client, device)
+                # What was said after something wrong does not count.
+                if not is_refused:
+                    await visit.read_the_rest(client, device)
             finally:
                 self.tracking.end(client, reason, time.time())
                 if device is not None:
                     # Its last close unregisters everything, which takes a while.
-                    last = os.dup(device.fileno())
+                    last = -1
+                    with contextlib.suppress(OSError):
+                        last = os.dup(device.fileno())
                     device.close()
-                    self._closer.close_own(last)
+                    if last >= 0:
+                        self._closer.close_own(last)
 
     def report(self, client: Client, records: Sequence[aioummu.Record]) -> None:
         """Take in what one read of a client's notifier gave."""
@@ -301,7 +313,7 @@ class _Visit:
         gone = _LeftError, _RefusedError, aioummu.UmmunotifyError, OSError
         with anyio.CancelScope(shield=True):
             with contextlib.suppress(*gone):
-                while anyio.current_time() < until and await self._read_packets(client):
+                while await self._read_packets(client, until):
                     pass
             with contextlib.suppress(*gone):
                 while anyio.current_time() < until and device is not None:
@@ -349,9 +361,11 @@ class _Visit:
             rest = VAIN_REST if size is None else REST * size / aioummu.RECORD_SIZE
             await self._rest(rest)
 
-    async def _read_packets(self, client: Client) -> int:
+    async def _read_packets(self, client: Client, until: float = math.inf) -> int:
         """Take in what there is, and return how many packets that were."""
         for count in range(PACKETS_AT_ONCE):
+            if anyio.current_time() >= until:
+                return 0
             packet = self._receive()
             if packet is None:
                 return count
@@ -372,8 +386,10 @@ class _Visit:
         if self.debt < LEAST_REST:
             await anyio.lowlevel.checkpoint()
         else:
-            debt, self.debt = self.debt, 0.0
-            await anyio.sleep(debt)
+            # One after another: all that send much have half of the time together.
+            async with self.intake.rests:
+                debt, self.debt = self.debt, 0.0
+                await anyio.sleep(debt)
 
     def _take(self, client: Client, data: bytes) -> int:
         """Take in a packet, and return of how many things it tells."""

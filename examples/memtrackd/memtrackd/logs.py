@@ -119,6 +119,7 @@ class LineWriter:
         except OSError:
             # The disk is full, or the reader of a pipe is gone.
             self.dropped += lines
+            self.lost = True
 
 
 class LogOutput:

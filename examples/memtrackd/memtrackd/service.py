@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import grp
+import ipaddress
 import os
 import signal
 import socket
@@ -82,7 +83,7 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
                 tracking,
                 feed,
                 metrics.render,
-                loopback_only=config.http is None or config.http.is_loopback,
+                loopback_only=all(map(_is_loopback, sockets.http)),
             )
             await stack.enter_async_context(web.serve(app, sockets.http))
 
@@ -204,6 +205,14 @@ class _Sockets:
         self.http_address = (
             "http://{}:{}".format(*_bracketed(http[0])) if http else None
         )
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    host, _ = _bracketed(listener)
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return True
 
 
 def _bracketed(listener: socket.socket) -> tuple[str, int]:

@@ -64,6 +64,7 @@ class View:
         # Those that are attached first, and of each the newest.
         clients.sort(key=lambda c: (c.ended is not None, -c.id))
         shown = clients[: max(3, height // 2 - 4)]
+        self._rates = {c.id: self._rates[c.id] for c in shown if c.id in self._rates}
         table = Table(expand=True, pad_edge=False, box=None)
         for heading in ("client", "program", "pid", "user", "backend"):
             table.add_column(heading, overflow="ellipsis", no_wrap=True)
