@@ -164,7 +164,7 @@ def _row(client: Client) -> _ClientRow:
     )
     return _ClientRow(
         labels,
-        len(client.regions),
+        0 if client.ended else len(client.regions),
         client.generation,
         client.unattributed,
         client.changes_by_name.copy(),
