@@ -120,6 +120,7 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/events.py
 	$(BIN)/python bench/embedded.py
 	$(BIN)/python bench/daemon.py
+	$(BIN)/python bench/daemon.py --guest
 
 setup: $(INSTALLED)
 
