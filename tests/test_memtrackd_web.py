@@ -268,7 +268,7 @@ async def test_json_has_everything_that_is_known() -> None:
             "reason": "",
             "generation": 3,
             "changes": 3,
-            "unattributed": 1,
+            "unattributed": 0,
         }
         assert [(r["cookie"], r["ended"] is None) for r in regions] == [
             (2, False),
