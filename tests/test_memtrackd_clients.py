@@ -214,8 +214,10 @@ def test_a_forked_child_attaches_anew(daemon: Daemon, program: Program) -> None:
     )
     assert program.run(code) is None
     assert daemon.wait("ended", name="child")["changes"] >= 1
-    [changed] = daemon.lines("changed", region="of the child", cause="unmap")
-    assert changed["name"] == "child"
+    changed = daemon.lines("changed", name="child")
+    assert {line["region"] for line in changed} == {"of the child"}
+    # On the driver, together with what a fork does to the pages.
+    assert any("unmap" in line["cause"].split("+") for line in changed), changed
     assert not daemon.lines("registered", region="not tracked")
     assert not daemon.lines("ended", name="tested")
     assert program.run("tracker.attached") is True
@@ -239,9 +241,11 @@ def test_each_of_several_programs_reports_its_own_only(
             program.run("tracker.close()")
     for name in names:
         ended = daemon.wait("ended", name=name)
-        regions = [line["region"] for line in daemon.lines("changed", name=name)]
+        changed = daemon.lines("changed", name=name)
+        assert ended["changes"] == len(changed)
+        # The driver also reports the end of a process that the daemon had not let go.
+        regions = [line["region"] for line in changed if line["cause"] != "end"]
         assert sorted(regions) == [f"{name}, page {page}" for page in range(8)]
-        assert ended["changes"] == ended["generation"] == 8
 
 
 def test_a_change_right_after_its_registration_is_its_own(
@@ -508,10 +512,8 @@ def flood(packet):
 
 def read_away():
     device = aioummu.Device()
-    # The description is shared with the daemon.
-    flags = fcntl.fcntl(device.fileno(), fcntl.F_GETFL)
-    fcntl.fcntl(device.fileno(), fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
     connection = connect(device)
+    flags = fcntl.fcntl(device.fileno(), fcntl.F_GETFL)
     pages = Pages(64)
     for i in range(64):
         device.register(*pages.page(i), i)
@@ -521,7 +523,12 @@ def read_away():
                 pages.madvise(MADV_DONTNEED, pages.page(i))
     threading.Thread(target=change, daemon=True).start()
     while True:
-        os.read(device.fileno(), 32)
+        # The daemon has the same file, and sets it (uvloop does) now and then.
+        fcntl.fcntl(device.fileno(), fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+        try:
+            os.read(device.fileno(), 32)
+        except BlockingIOError:
+            pass
 
 def attack(*target):
     threading.Thread(target=target[0], args=target[1:], daemon=True).start()
