@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).parent.parent
 # Seconds after which something has hung.
-LIMIT = 60
+LIMIT = 120
 PERIOD = 0.01
 
 Line: TypeAlias = "dict[str, Any]"

@@ -198,7 +198,6 @@ def fuzz(chance: random.Random, path: Path, fds: list[int]) -> int:
     return sent
 
 
-@pytest.mark.embedded
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_daemon_outlives_thousands_of_wrong_packets(
     tmp_path: Path, seed: int

@@ -32,8 +32,6 @@ HUGE = b'{"unregister":[' + b"9" * 5_000 + b"]}"
 # A name in the terminal would do what it says.
 NASTY = ["\x1b[2J", "two\nlines", "\x00", "a\u202eb", "\u2028", "\ud800", "\x85"]
 
-pytestmark = pytest.mark.embedded
-
 
 class Service:
     """A daemon, and a client that nothing may disturb."""

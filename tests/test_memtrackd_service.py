@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 # Somewhere in region 1, something happened.
 RECORD = struct.pack("=II3Q", 0, 0, 0x1000, 0x2000, 1)
 
-pytestmark = pytest.mark.embedded
-
 
 def refused(
     *options: str, variables: dict[str, str] | None = None, prefix: tuple[str, ...] = ()
