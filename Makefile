@@ -23,6 +23,9 @@ CHECK_KERNEL := 6.12
 # The embedded backend needs 5.19.
 marks = $(if $(filter 5.10,$1),device,device or embedded)
 
+# One kernel is enough for the daemon, whose tests take their time in a guest.
+without = $(if $(filter $(CHECK_KERNEL),$1),,--ignore-glob="tests/test_memtrackd_*")
+
 # Beyond what the guests need: the library's extension, the driver's checks, the
 # selftests for 32 bits and in C++, and for the daemon a browser and MPI.
 PACKAGES := python3-dev python3-venv sparse gcc-multilib g++ \
@@ -82,7 +85,7 @@ test-guest-%: $(INSTALLED)
 	$(MAKE) -C kmod/selftests
 	$(HARNESS) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 -- kmod/selftests/run.sh
 	@echo "== Linux $*: the library, $(call marks,$*)"
-	$(HARNESS) pytest $* -- --device -m "$(call marks,$*)"
+	$(HARNESS) pytest $* -- --device -m "$(call marks,$*)" $(call without,$*)
 
 # Do the selftests notice a broken driver?
 test-mutants: $(INSTALLED)

@@ -1437,6 +1437,13 @@ static void *change_one_mapping(void *argument)
 	return NULL;
 }
 
+#ifdef __SANITIZE_THREAD__
+/* Each takes half a second there. */
+#define CLOSING_ROUNDS	40
+#else
+#define CLOSING_ROUNDS	200
+#endif
+
 static void closing_while_others_change_mappings_ends(void)
 {
 	char *memory = map(2);
@@ -1445,7 +1452,7 @@ static void closing_while_others_change_mappings_ends(void)
 	for (unsigned int i = 0; i < 4; i++)
 		threads[i] = i % 2 ? start_helper(change_mappings, NULL) :
 				     start_helper(change_one_mapping, memory);
-	for (uint64_t i = 0; i < 200; i++) {
+	for (uint64_t i = 0; i < CLOSING_ROUNDS; i++) {
 		int number = open_notifier(NULL);
 
 		must_watch(number, memory, 1 + i % 2, i);
