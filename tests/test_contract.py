@@ -605,7 +605,8 @@ def test_records_are_read_one_by_one_if_the_buffer_is_small(pages: Pages) -> Non
         device.register(pages.start, pages.end, 7)
         pages.munmap()
         assert device.readinto(buffer) == 32
-        assert aioummu.unpack(buffer) == [(0, 1, pages.start, pages.end, 7)]
+        flags = aioummu.HINT | Cause.UNMAP.value
+        assert aioummu.unpack(buffer) == [(0, flags, pages.start, pages.end, 7)]
         assert device.readinto(buffer) == 32
         assert aioummu.unpack(buffer) == [(1, 0, 0, 0, 1)]
         assert device.readinto(buffer) is None
