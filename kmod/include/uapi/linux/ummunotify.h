@@ -16,8 +16,10 @@
  * @start:	first byte of the watched range of virtual addresses
  * @end:	first byte behind the range; an empty range never reports
  * @user_cookie:	caller's name for the region, unique within the fd
- * @flags:	set to 0; ignored while no feature was negotiated
- * @reserved:	set to 0; ignored while no feature was negotiated
+ * @flags:	0, or what UMMUNOTIFY_FEATURE_FILTER and _ONCE define; ignored
+ *		unless one of them was negotiated
+ * @reserved:	0, or the slot of the region's state word; ignored unless
+ *		UMMUNOTIFY_FEATURE_STATE was negotiated
  */
 struct ummunotify_register_ioctl {
 	__u64	start;
@@ -42,6 +44,18 @@ struct ummunotify_register_ioctl {
 
 /* Records tell the causes of invalidations: UMMUNOTIFY_EVENT_CAUSE_*. */
 #define UMMUNOTIFY_FEATURE_CAUSE	(1U << 0)
+/*
+ * A registration's flags may name causes (UMMUNOTIFY_REGION_CAUSE_MASK): others
+ * are not reported for this region.
+ */
+#define UMMUNOTIFY_FEATURE_FILTER	(1U << 1)
+/* A registration may name the slot of a state word in the mapped area. */
+#define UMMUNOTIFY_FEATURE_STATE	(1U << 2)
+/* A registration's flags may have UMMUNOTIFY_REGION_FLAG_ONCE. */
+#define UMMUNOTIFY_FEATURE_ONCE		(1U << 3)
+
+/* The region is unregistered when a read() delivers its report. */
+#define UMMUNOTIFY_REGION_FLAG_ONCE	(1U << 0)
 
 enum {
 	/* Something in a region's range was invalidated. */
@@ -85,6 +99,13 @@ enum {
 
 #define UMMUNOTIFY_EVENT_CAUSE_MASK	0x03ff0000
 
+/*
+ * The causes that a registration may ask for, by the same bits; none: for all.
+ * MOVE means UNMAP.  What has no known cause, and the end of the process, is
+ * reported in any case.
+ */
+#define UMMUNOTIFY_REGION_CAUSE_MASK	0x01ff0000
+
 /**
  * struct ummunotify_event - one record that read() returns
  * @type:	UMMUNOTIFY_EVENT_TYPE_INVAL or UMMUNOTIFY_EVENT_TYPE_LAST
@@ -108,24 +129,36 @@ struct ummunotify_event {
 #define UMMUNOTIFY_GENERATION_OFFSET	0
 #define UMMUNOTIFY_GENERATION_SIZE	8
 
+/*
+ * mmap(NULL, size, PROT_READ, MAP_SHARED, fd, UMMUNOTIFY_STATE_OFFSET) maps state
+ * words, a __u64 for each slot, with UMMUNOTIFY_FEATURE_STATE.  The first call
+ * says how many.  Slot 0 is that of regions without a state word.
+ */
+#define UMMUNOTIFY_STATE_OFFSET		0x100000
+
+/*
+ * Something is being done to the region at this moment, or may be, or no region
+ * has this slot.  The other bits count.
+ */
+#define UMMUNOTIFY_STATE_BUSY		1
+
 #if !defined(__KERNEL__) && (defined(__GNUC__) || defined(__clang__))
 /**
- * ummunotify_load_generation() - read the mapped generation counter
- * @counter: the mapped page
+ * ummunotify_load_word() - read a mapped word: the generation, or a state
+ * @word64: where it is mapped
  *
  * No system call.  Also right on 32-bit CPUs, where the two halves are loaded
  * in the order (low, then high) in which no equality with an earlier value can
  * be an accident; ummunotify.rst has the proof.
  *
- * Return: the generation, to be compared for equality with that of a LAST.
+ * Return: the word, to be compared for equality with an earlier value.
  */
-static __inline__ __u64 ummunotify_load_generation(const void *counter)
+static __inline__ __u64 ummunotify_load_word(const void *word64)
 {
 #if __SIZEOF_POINTER__ >= 8
-	return __atomic_load_n((const __u64 *)counter,
-			       __ATOMIC_ACQUIRE);
+	return __atomic_load_n((const __u64 *)word64, __ATOMIC_ACQUIRE);
 #else
-	const __u32 *word = (const __u32 *)counter;
+	const __u32 *word = (const __u32 *)word64;
 	const int low = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
 	__u32 low_word, high_word;
 
@@ -133,6 +166,33 @@ static __inline__ __u64 ummunotify_load_generation(const void *counter)
 	high_word = __atomic_load_n(&word[!low], __ATOMIC_ACQUIRE);
 	return (__u64)high_word << 32 | low_word;
 #endif
+}
+
+/**
+ * ummunotify_load_generation() - read the mapped generation counter
+ * @counter: the mapped page
+ *
+ * Return: the generation, to be compared for equality with that of a LAST.
+ */
+static __inline__ __u64 ummunotify_load_generation(const void *counter)
+{
+	return ummunotify_load_word(counter);
+}
+
+/**
+ * ummunotify_load_state() - read the state word of a slot
+ * @states: the mapped area
+ * @slot: as given at the region's registration
+ *
+ * A value without UMMUNOTIFY_STATE_BUSY, loaded after the registration and
+ * before the memory is looked at (pinned, say), and still the same later, proves
+ * that nothing that the region asks for has been done to it in between.
+ *
+ * Return: the state.
+ */
+static __inline__ __u64 ummunotify_load_state(const void *states, __u32 slot)
+{
+	return ummunotify_load_word((const __u64 *)states + slot);
 }
 #endif
 
