@@ -29,16 +29,22 @@
  * An invalidation reports at its start, before the first page goes away, and at
  * its end to those regions that are not pending (any more), which nobody could
  * know to be stale.  See ummunotify_invalidate_range_end().
+ *
+ * State words (UMMUNOTIFY_FEATURE_STATE) say whether anything is being done to a
+ * region.  So for fds with them, and for no others, a second MMU notifier notes
+ * every invalidation under way: see struct ummunotify_tracker.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/anon_inodes.h>
+#include <linux/bitmap.h>
 #include <linux/cache.h>
 #include <linux/cdev.h>
 #include <linux/device.h>
 #include <linux/fs.h>
 #include <linux/init.h>
 #include <linux/irq_work.h>
+#include <linux/kref.h>
 #include <linux/list.h>
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
@@ -46,6 +52,7 @@
 #include <linux/mutex.h>
 #include <linux/poll.h>
 #include <linux/rbtree_augmented.h>
+#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/seq_file.h>
 #include <linux/slab.h>
@@ -57,6 +64,9 @@
 #include <uapi/linux/ummunotify.h>
 
 #include "ummunotify_compat.h"
+
+#define CREATE_TRACE_POINTS
+#include "ummunotify_trace.h"
 
 /* Records that a read() moves per hold of the lock. */
 #define UMMUNOTIFY_READ_BATCH	16
@@ -77,6 +87,27 @@ module_param(max_regions, uint, 0644);
 MODULE_PARM_DESC(max_regions,
 		 "Regions that one file descriptor may register (default 1048576)");
 
+/* Not to be changed later: an invalidation has a start and an end. */
+static bool report_foreign = true;
+module_param(report_foreign, bool, 0444);
+MODULE_PARM_DESC(report_foreign,
+		 "Report what kernel threads do to pages, KSM among them (default Y)");
+
+/*
+ * Invalidations under way that are known by their ranges; of more, the number.
+ * Some places are kept for those that may come from PAGEMAP_SCAN.
+ */
+#define UMMUNOTIFY_FLIGHTS	64
+#define UMMUNOTIFY_FLIGHTS_KEPT	16
+
+/* State words in a page. */
+#define UMMUNOTIFY_PAGE_SLOTS	(PAGE_SIZE / sizeof(u64))
+
+#define UMMUNOTIFY_FEATURES	(UMMUNOTIFY_FEATURE_CAUSE |	\
+				 UMMUNOTIFY_FEATURE_FILTER |	\
+				 UMMUNOTIFY_FEATURE_STATE |	\
+				 UMMUNOTIFY_FEATURE_ONCE)
+
 static struct kmem_cache *ummunotify_region_cache;
 
 /*
@@ -95,6 +126,16 @@ static struct kmem_cache *ummunotify_region_cache;
 #define REPORT_CHANGED	BIT(3)
 #define REPORT_CAUSES	UMMUNOTIFY_EVENT_CAUSE_MASK
 
+/*
+ * Causes to be compared with what a region asks for, in 16 bits.  An invalidation
+ * whose cause is not known has all of them, and so has a region that asks for all.
+ */
+#define REASONS(causes)	((u16)((causes) / UMMUNOTIFY_EVENT_CAUSE_UNMAP))
+#define REASONS_ALL	U16_MAX
+
+/* It was not known what was going on when the region was registered. */
+#define BUSY_FOREVER	U16_MAX
+
 /**
  * struct ummunotify_region - a registered range, and its report
  * @range_node:	node in the ctx's ranges; clear if the range is empty
@@ -107,6 +148,11 @@ static struct kmem_cache *ummunotify_region_cache;
  * @hint_start:	first invalidated byte, within the region
  * @hint_last:	last invalidated byte, within the region
  * @report:	REPORT_* bits
+ * @reasons:	the causes that it asks for
+ * @busy:	invalidations under way that touch it, if it has a state word
+ * @slot:	of its state word, or 0
+ * @once:	it is unregistered when its report is read
+ * @serial:	how many regions were registered before it, see struct ummunotify_walk
  */
 struct ummunotify_region {
 	struct rb_node		range_node;
@@ -119,6 +165,74 @@ struct ummunotify_region {
 	unsigned long		hint_start;
 	unsigned long		hint_last;
 	unsigned int		report;
+	u16			reasons;
+	u16			busy;
+	u32			slot : 31;
+	u32			once : 1;
+	u32			serial;
+};
+
+/**
+ * struct ummunotify_state_page - a page of state words
+ * @page:	the page, which user space maps
+ * @used:	slots of registered regions; guarded by the ctx's lock
+ */
+struct ummunotify_state_page {
+	struct page		*page;
+	DECLARE_BITMAP(used, UMMUNOTIFY_PAGE_SLOTS);
+};
+
+/**
+ * struct ummunotify_states - the state words of a fd
+ * @refs:	held by the fd and by each mapping
+ * @nr_pages:	number of @pages
+ * @pages:	allocated when first used
+ */
+struct ummunotify_states {
+	struct kref			refs;
+	unsigned long			nr_pages;
+	struct ummunotify_state_page	*pages[];
+};
+
+/**
+ * struct ummunotify_flight - an invalidation that has begun and not ended
+ * @start:	first byte
+ * @last:	last byte
+ * @reasons:	its causes
+ */
+struct ummunotify_flight {
+	unsigned long		start;
+	unsigned long		last;
+	u16			reasons;
+};
+
+/**
+ * struct ummunotify_tracker - all invalidations under way
+ * @notifier:	a subscription of its own: when it begins, nothing is under way
+ * @ctx:	the fd
+ * @nr_flights:	number of @flights
+ * @nr_unknown:	how many more there are
+ * @lost:	nor is their number known any more
+ * @flights:	their ranges, in no order
+ *
+ * A region registered meanwhile finds here how many of them touch it.  Two with the
+ * same range and reasons are as good as each other: when one of them ends, it does
+ * not matter which.
+ *
+ * While there are more than fit, a region that is registered stays busy forever.
+ *
+ * To register a notifier takes all locks that an invalidation may run under, so
+ * that none is under way then.  There is one exception: PAGEMAP_SCAN, which protects
+ * what it has scanned, holds none of them.  Its end may come here without its start:
+ * a stray.  To tell those from others, its kind is never among the unknown.
+ */
+struct ummunotify_tracker {
+	struct mmu_notifier		notifier;
+	struct ummunotify_ctx		*ctx;
+	unsigned int			nr_flights;
+	unsigned int			nr_unknown;
+	bool				lost;
+	struct ummunotify_flight	flights[UMMUNOTIFY_FLIGHTS];
 };
 
 /**
@@ -137,15 +251,20 @@ struct ummunotify_region {
  * @settled_start:	see ummunotify_settle()
  * @settled_last:	see ummunotify_settle()
  * @settled_causes:	see ummunotify_settle()
- * @told_causes:	the causes that records tell: all, or none
+ * @features:	what was negotiated
+ * @serial:	number of registrations so far
+ * @reasons:	the causes that any region asks for; read without the lock
  * @generation:	the generation counter; the mapped page repeats it
  * @told_generation:	the generation that the latest LAST told
  * @used:	read() or a registration was tried: too late for features
+ * @exchanged:	features are negotiated, or being so
  * @ended:	the address space is gone: nothing can be registered
  * @final:	the reports of that are queued: none will follow
  * @closing:	nobody will read any more
  * @last_due:	LAST follows as soon as @pending is empty
  * @counter:	the mapped page
+ * @states:	the mapped area of state words, or NULL
+ * @tracker:	of what is under way, if there may be state words, or NULL
  * @read_lock:	one reader at a time; guards @batch
  * @batch:	records on their way to user space
  * @wait:	sleeping readers and pollers
@@ -168,16 +287,21 @@ struct ummunotify_ctx {
 	unsigned long		settled_start;
 	unsigned long		settled_last;
 	u32			settled_causes;
-	u32			told_causes;
+	u32			features;
+	u32			serial;
+	u16			reasons;
 	u64			generation;
 	u64			told_generation;
 	bool			used;
+	bool			exchanged;
 	bool			ended;
 	bool			final;
 	bool			closing;
 	bool			last_due;
 
 	struct page		*counter;
+	struct ummunotify_states	*states;
+	struct ummunotify_tracker	*tracker;
 	struct mutex		read_lock; /* one reader at a time */
 	struct ummunotify_event	batch[UMMUNOTIFY_READ_BATCH];
 	wait_queue_head_t	wait;
@@ -346,6 +470,11 @@ static void ummunotify_update_bounds(struct ummunotify_ctx *ctx)
 	unsigned long first = leftmost ? range_entry(leftmost)->start : ULONG_MAX;
 	unsigned long last = root ? range_entry(root)->subtree_last : 0;
 
+	/* The tracker looks at everything, and the other notifier at nothing. */
+	if (ctx->tracker) {
+		first = ULONG_MAX;
+		last = 0;
+	}
 	/* All CPUs read these two all the time: write only what is new. */
 	if (ctx->first != first)
 		WRITE_ONCE(ctx->first, first);
@@ -419,27 +548,29 @@ static bool ummunotify_cookies_insert(struct ummunotify_ctx *ctx,
 
 /* Reports */
 
-static void ummunotify_raise_generation(struct ummunotify_ctx *ctx)
+static void ummunotify_store_word(u64 *where, u64 value)
 {
-	u64 *counter = page_address(ctx->counter);
-#ifndef CONFIG_64BIT
-	u32 *word = (u32 *)counter;
-	const int low = IS_ENABLED(CONFIG_CPU_BIG_ENDIAN);
-#endif
-
-	ctx->generation++;
 #ifdef CONFIG_64BIT
-	/* Pairs with the acquire of ummunotify_load_generation(). */
-	smp_store_release(counter, ctx->generation);
+	/* Pairs with the acquire of ummunotify_load_word(). */
+	smp_store_release(where, value);
 #else
-	WRITE_ONCE(word[!low], upper_32_bits(ctx->generation));
+	u32 *word = (u32 *)where;
+	const int low = IS_ENABLED(CONFIG_CPU_BIG_ENDIAN);
+
+	WRITE_ONCE(word[!low], upper_32_bits(value));
 	/*
 	 * High word first: whoever loads low, then high, cannot put an earlier
-	 * generation together from two later ones.  ummunotify.rst proves it.
+	 * value together from two later ones.  ummunotify.rst proves it.
 	 */
 	smp_wmb();
-	WRITE_ONCE(word[low], lower_32_bits(ctx->generation));
+	WRITE_ONCE(word[low], lower_32_bits(value));
 #endif
+}
+
+static void ummunotify_raise_generation(struct ummunotify_ctx *ctx)
+{
+	ctx->generation++;
+	ummunotify_store_word(page_address(ctx->counter), ctx->generation);
 }
 
 static bool ummunotify_readable(struct ummunotify_ctx *ctx)
@@ -467,27 +598,176 @@ static void ummunotify_wake_work(struct irq_work *work)
 	ummunotify_wake(container_of(work, struct ummunotify_ctx, wake_work));
 }
 
+enum ummunotify_phase {
+	UMMUNOTIFY_PHASE_START,	/* of an invalidation: nothing has changed yet */
+	UMMUNOTIFY_PHASE_END,	/* the page tables have changed */
+	UMMUNOTIFY_PHASE_FINAL	/* of the address space */
+};
+
 /**
  * struct ummunotify_walk - an invalidation, or its end, on its way
  * @ctx:	where to report
+ * @tracker:	the tracker's, if it is the one that calls
+ * @phase:	at its end, report only what nobody can know
  * @start:	first invalidated byte
  * @last:	last invalidated byte
- * @causes:	why, as far as it is told
- * @at_end:	the page tables have changed: report what nobody can know
+ * @causes:	why, if anybody asks
+ * @reasons:	the same, to be compared with what regions ask for
+ * @serial:	regions from this one on have found it in the tracker, or not any
+ *		more, and count it accordingly: they are not counted again
+ * @stray:	it has begun before there was a tracker, see there
+ * @hits:	number of regions
  * @may_sleep:	the caller may sleep
  * @raised:	this walk has raised the generation
  * @wake:	a report was queued that readers may not know of
  */
 struct ummunotify_walk {
-	struct ummunotify_ctx	*ctx;
-	unsigned long		start;
-	unsigned long		last;
-	u32			causes;
-	bool			at_end;
-	bool			may_sleep;
-	bool			raised;
-	bool			wake;
+	struct ummunotify_ctx		*ctx;
+	struct ummunotify_tracker	*tracker;
+	enum ummunotify_phase		phase;
+	unsigned long			start;
+	unsigned long			last;
+	u32				causes;
+	u16				reasons;
+	u32				serial;
+	unsigned int			hits;
+	bool				stray;
+	bool				may_sleep;
+	bool				raised;
+	bool				wake;
 };
+
+/* State words */
+
+static struct ummunotify_state_page *
+ummunotify_state_page(struct ummunotify_ctx *ctx, u32 slot)
+{
+	return ctx->states->pages[slot / UMMUNOTIFY_PAGE_SLOTS];
+}
+
+static u64 *ummunotify_state_word(struct ummunotify_ctx *ctx, u32 slot)
+{
+	u64 *words = page_address(ummunotify_state_page(ctx, slot)->page);
+
+	return &words[slot % UMMUNOTIFY_PAGE_SLOTS];
+}
+
+/* Count, and say whether the region is busy from now on. */
+static void ummunotify_count_state(struct ummunotify_ctx *ctx, u32 slot,
+				   bool busy)
+{
+	u64 *word = ummunotify_state_word(ctx, slot);
+
+	/* The next even number above, or the odd one behind that. */
+	ummunotify_store_word(word, (*word | UMMUNOTIFY_STATE_BUSY) + 1 + busy);
+}
+
+static void ummunotify_settle_state(struct ummunotify_ctx *ctx, u32 slot)
+{
+	u64 *word = ummunotify_state_word(ctx, slot);
+
+	ummunotify_store_word(word, *word & ~(u64)UMMUNOTIFY_STATE_BUSY);
+}
+
+static bool ummunotify_flight_is(const struct ummunotify_flight *flight,
+				 const struct ummunotify_walk *walk)
+{
+	return flight->start == walk->start && flight->last == walk->last &&
+	       flight->reasons == walk->reasons;
+}
+
+static bool ummunotify_may_be_stray(const struct ummunotify_walk *walk)
+{
+	return walk->causes & UMMUNOTIFY_EVENT_CAUSE_PROTECT_MAPPING;
+}
+
+static void ummunotify_take_off(struct ummunotify_tracker *tracker,
+				const struct ummunotify_walk *walk)
+{
+	unsigned int room = UMMUNOTIFY_FLIGHTS;
+
+	if (!ummunotify_may_be_stray(walk))
+		room -= UMMUNOTIFY_FLIGHTS_KEPT;
+	if (tracker->nr_flights < room) {
+		tracker->flights[tracker->nr_flights++] =
+			(struct ummunotify_flight) {
+				.start		= walk->start,
+				.last		= walk->last,
+				.reasons	= walk->reasons,
+			};
+	} else if (ummunotify_may_be_stray(walk)) {
+		tracker->lost = true;
+	} else {
+		tracker->nr_unknown++;
+	}
+}
+
+static void ummunotify_land(struct ummunotify_tracker *tracker,
+			    struct ummunotify_walk *walk)
+{
+	struct ummunotify_flight *flight = tracker->flights;
+	struct ummunotify_flight *end = flight + tracker->nr_flights;
+
+	for (; flight < end; flight++) {
+		if (ummunotify_flight_is(flight, walk)) {
+			*flight = end[-1];
+			tracker->nr_flights--;
+			return;
+		}
+	}
+	if (ummunotify_may_be_stray(walk))
+		walk->stray = true;
+	else
+		tracker->nr_unknown--;
+}
+
+/* How many invalidations under way touch a region that is being registered? */
+static u16 ummunotify_busy(const struct ummunotify_tracker *tracker,
+			   const struct ummunotify_region *region)
+{
+	const struct ummunotify_flight *flight = tracker->flights;
+	const struct ummunotify_flight *end = flight + tracker->nr_flights;
+	u16 busy = 0;
+
+	if (tracker->nr_unknown || tracker->lost)
+		return BUSY_FOREVER;
+	for (; flight < end; flight++)
+		if (flight->start <= region->last &&
+		    flight->last >= region->start &&
+		    flight->reasons & region->reasons)
+			busy++;
+	return busy;
+}
+
+static void ummunotify_update_state(struct ummunotify_walk *walk,
+				    struct ummunotify_region *region)
+{
+	struct ummunotify_ctx *ctx = walk->ctx;
+
+	/* close() has said the last word on all of them. */
+	if (ctx->closing || region->busy == BUSY_FOREVER)
+		return;
+	if (walk->phase == UMMUNOTIFY_PHASE_FINAL) {
+		region->busy = BUSY_FOREVER;
+		ummunotify_count_state(ctx, region->slot, true);
+		return;
+	}
+	if (walk->stray) {
+		/* As late as it is. */
+		ummunotify_count_state(ctx, region->slot, region->busy);
+		return;
+	}
+	if ((s32)(region->serial - walk->serial) >= 0)
+		return;
+	if (walk->phase == UMMUNOTIFY_PHASE_START) {
+		region->busy++;
+		ummunotify_count_state(ctx, region->slot, true);
+	} else if (!--region->busy) {
+		ummunotify_settle_state(ctx, region->slot);
+	}
+}
+
+/* Reports of a walk */
 
 /*
  * A walk raises the generation once, with its first hit.  Only if somebody read
@@ -521,7 +801,7 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 		return;
 	}
 
-	if (walk->at_end) {
+	if (walk->phase == UMMUNOTIFY_PHASE_END) {
 		/* Normally the start has said it, and nobody has read it. */
 		if (region->hint_start <= start && last <= region->hint_last &&
 		    !(walk->causes & ~region->report))
@@ -540,9 +820,20 @@ static void ummunotify_report(struct ummunotify_walk *walk,
 	}
 }
 
+static void ummunotify_visit(struct ummunotify_walk *walk,
+			     struct ummunotify_region *region)
+{
+	if (!(region->reasons & walk->reasons))
+		return;
+	walk->hits++;
+	if (region->slot)
+		ummunotify_update_state(walk, region);
+	ummunotify_report(walk, region);
+}
+
 /*
- * A range is settled while all regions that overlap it are pending with reports
- * that cover it and its causes: from the walk that made them so until one of
+ * A range is settled while all regions that overlap it, and ask for its causes, are
+ * pending with reports that cover it and them: from the walk that made them so until one of
  * them is read, or a region registered.  The end of an invalidation has nothing
  * to do then, which is the normal case, and need not search.  The latest range is
  * remembered.
@@ -586,16 +877,21 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 {
 	struct ummunotify_ctx *ctx = walk->ctx;
 	struct ummunotify_region *region = NULL;
-	unsigned int hits = 0;
+	unsigned int visits = 0;
 	bool settled = true;
 
 	raw_spin_lock(&ctx->lock);
+	if (walk->tracker && walk->phase == UMMUNOTIFY_PHASE_START)
+		ummunotify_take_off(walk->tracker, walk);
+	else if (walk->tracker)
+		ummunotify_land(walk->tracker, walk);
+	walk->serial = ctx->serial;
 	/* Behind the end there is only what was running before it: told already. */
-	if (!ctx->final)
+	if (!ctx->final && ctx->reasons & walk->reasons)
 		region = ummunotify_first_overlap(ctx, walk->start, walk->last);
 	while (region) {
-		ummunotify_report(walk, region);
-		if (likely(++hits < UMMUNOTIFY_WALK_BATCH)) {
+		ummunotify_visit(walk, region);
+		if (likely(++visits < UMMUNOTIFY_WALK_BATCH)) {
 			region = ummunotify_next_overlap(region, walk->start,
 							 walk->last);
 		} else {
@@ -605,7 +901,7 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 			raw_spin_unlock(&ctx->lock);
 			if (walk->may_sleep)
 				cond_resched();
-			hits = 0;
+			visits = 0;
 			settled = false;
 			raw_spin_lock(&ctx->lock);
 			if (ctx->final)
@@ -619,6 +915,8 @@ static void ummunotify_walk(struct ummunotify_walk *walk)
 	if (settled)
 		ummunotify_settle(ctx, walk->start, walk->last, walk->causes);
 	raw_spin_unlock(&ctx->lock);
+	trace_ummunotify_invalidate(ctx, walk->start, walk->last, walk->causes,
+				    walk->phase, walk->hits);
 
 	if (!walk->wake)
 		return;
@@ -636,15 +934,28 @@ static struct ummunotify_ctx *notifier_ctx(struct mmu_notifier *notifier)
 	return container_of(notifier, struct ummunotify_ctx, notifier);
 }
 
-static u32 ummunotify_causes(const struct ummunotify_ctx *ctx,
-			     const struct mmu_notifier_range *range)
+/* By other processes, or in reclaim, whoever is made to reclaim. */
+static bool ummunotify_is_foreign(const struct mmu_notifier_range *range)
+{
+	return current->mm != range->mm || current->flags & PF_MEMALLOC;
+}
+
+/*
+ * Unless report_foreign: what kernel threads exchange, with the same content.  They
+ * unmap nothing but what the OOM killer has condemned.
+ */
+static bool ummunotify_is_hidden(const struct mmu_notifier_range *range)
+{
+	return !report_foreign && current->flags & PF_KTHREAD &&
+	       current->mm != range->mm && range->event != MMU_NOTIFY_UNMAP;
+}
+
+static u32 ummunotify_causes(const struct mmu_notifier_range *range)
 {
 	u32 causes;
 
-	if (!READ_ONCE(ctx->told_causes))
-		return 0;
 	causes = ummunotify_cause_of(range->event);
-	if (current->mm != range->mm || current->flags & PF_MEMALLOC)
+	if (report_foreign && ummunotify_is_foreign(range))
 		causes |= UMMUNOTIFY_EVENT_CAUSE_FOREIGN;
 	return causes;
 }
@@ -652,19 +963,36 @@ static u32 ummunotify_causes(const struct ummunotify_ctx *ctx,
 /* Apart, so that a miss does not pay for it. */
 static noinline void
 ummunotify_invalidate(struct ummunotify_ctx *ctx,
-		      const struct mmu_notifier_range *range, bool at_end)
+		      const struct mmu_notifier_range *range,
+		      enum ummunotify_phase phase,
+		      struct ummunotify_tracker *tracker)
 {
 	struct ummunotify_walk walk = {
 		.ctx		= ctx,
+		.tracker	= tracker,
+		.phase		= phase,
 		.start		= range->start,
 		.last		= range->end - 1,
-		.causes		= ummunotify_causes(ctx, range),
-		.at_end		= at_end,
 		.may_sleep	= mmu_notifier_range_blockable(range),
 	};
 
-	if (at_end && ummunotify_settled(ctx, walk.start, walk.last, walk.causes))
+	if (ummunotify_is_hidden(range))
 		return;
+	if (tracker || READ_ONCE(ctx->features) & (UMMUNOTIFY_FEATURE_CAUSE |
+						   UMMUNOTIFY_FEATURE_FILTER))
+		walk.causes = ummunotify_causes(range);
+	walk.reasons = REASONS(walk.causes & UMMUNOTIFY_REGION_CAUSE_MASK);
+	if (!walk.reasons)
+		walk.reasons = REASONS_ALL;
+
+	/* What is under way is tracked in any case. */
+	if (!tracker) {
+		if (!(walk.reasons & READ_ONCE(ctx->reasons)))
+			return;
+		if (phase == UMMUNOTIFY_PHASE_END &&
+		    ummunotify_settled(ctx, walk.start, walk.last, walk.causes))
+			return;
+	}
 	ummunotify_walk(&walk);
 }
 
@@ -676,7 +1004,7 @@ ummunotify_invalidate_range_start(struct mmu_notifier *notifier,
 	struct ummunotify_ctx *ctx = notifier_ctx(notifier);
 
 	if (!ummunotify_misses(ctx, range))
-		ummunotify_invalidate(ctx, range, false);
+		ummunotify_invalidate(ctx, range, UMMUNOTIFY_PHASE_START, NULL);
 	return 0;
 }
 
@@ -697,7 +1025,7 @@ ummunotify_invalidate_range_end(struct mmu_notifier *notifier,
 	 */
 	smp_mb();
 	if (!ummunotify_misses(ctx, range))
-		ummunotify_invalidate(ctx, range, true);
+		ummunotify_invalidate(ctx, range, UMMUNOTIFY_PHASE_END, NULL);
 }
 
 /* The last user of the address space is gone, or the fd is being closed. */
@@ -706,8 +1034,11 @@ static void ummunotify_mm_release(struct mmu_notifier *notifier,
 {
 	struct ummunotify_walk walk = {
 		.ctx		= notifier_ctx(notifier),
+		.phase		= UMMUNOTIFY_PHASE_FINAL,
 		.start		= 0,
 		.last		= ULONG_MAX,
+		.causes		= UMMUNOTIFY_EVENT_CAUSE_END,
+		.reasons	= REASONS_ALL,
 		.may_sleep	= true,
 	};
 	struct ummunotify_ctx *ctx = walk.ctx;
@@ -716,7 +1047,6 @@ static void ummunotify_mm_release(struct mmu_notifier *notifier,
 	raw_spin_lock(&ctx->lock);
 	ignore = ctx->closing || ctx->ended;
 	ctx->ended = true;
-	walk.causes = UMMUNOTIFY_EVENT_CAUSE_END & ctx->told_causes;
 	raw_spin_unlock(&ctx->lock);
 	if (ignore)
 		return;
@@ -736,6 +1066,258 @@ static const struct mmu_notifier_ops ummunotify_mmu_notifier_ops = {
 	.release		= ummunotify_mm_release,
 };
 
+/* The tracker sees everything, and is the only one to report. */
+
+static int
+ummunotify_tracked_range_start(struct mmu_notifier *notifier,
+			       const struct mmu_notifier_range *range)
+{
+	struct ummunotify_tracker *tracker =
+		container_of(notifier, struct ummunotify_tracker, notifier);
+
+	ummunotify_invalidate(tracker->ctx, range, UMMUNOTIFY_PHASE_START,
+			      tracker);
+	return 0;
+}
+
+static void
+ummunotify_tracked_range_end(struct mmu_notifier *notifier,
+			     const struct mmu_notifier_range *range)
+{
+	struct ummunotify_tracker *tracker =
+		container_of(notifier, struct ummunotify_tracker, notifier);
+
+	ummunotify_invalidate(tracker->ctx, range, UMMUNOTIFY_PHASE_END, tracker);
+}
+
+static const struct mmu_notifier_ops ummunotify_tracker_ops = {
+	.invalidate_range_start	= ummunotify_tracked_range_start,
+	.invalidate_range_end	= ummunotify_tracked_range_end,
+};
+
+/* The mapped area of state words */
+
+#define UMMUNOTIFY_STATE_PGOFF	(UMMUNOTIFY_STATE_OFFSET >> PAGE_SHIFT)
+
+static void ummunotify_free_state_page(struct ummunotify_state_page *page)
+{
+	put_page(page->page);
+	kfree(page);
+}
+
+static struct ummunotify_state_page *ummunotify_alloc_state_page(void)
+{
+	struct ummunotify_state_page *page;
+	u64 *words;
+	size_t i;
+
+	page = kzalloc(sizeof(*page), GFP_KERNEL_ACCOUNT);
+	if (!page)
+		return NULL;
+	page->page = alloc_page(UMMUNOTIFY_GFP_MAPPED);
+	if (!page->page) {
+		kfree(page);
+		return NULL;
+	}
+	words = page_address(page->page);
+	for (i = 0; i < UMMUNOTIFY_PAGE_SLOTS; i++)
+		words[i] = UMMUNOTIFY_STATE_BUSY;
+	return page;
+}
+
+/* Return: NULL if there is no memory. */
+static struct ummunotify_state_page *
+ummunotify_provide_state_page(struct ummunotify_states *states,
+			      unsigned long index)
+{
+	struct ummunotify_state_page *page, *other;
+
+	/* Pairs with the cmpxchg() of who has allocated it. */
+	page = smp_load_acquire(&states->pages[index]);
+	if (page)
+		return page;
+	page = ummunotify_alloc_state_page();
+	if (!page)
+		return NULL;
+	other = cmpxchg(&states->pages[index], NULL, page);
+	if (!other)
+		return page;
+	ummunotify_free_state_page(page);
+	return other;
+}
+
+static void ummunotify_free_states(struct kref *refs)
+{
+	struct ummunotify_states *states =
+		container_of(refs, struct ummunotify_states, refs);
+	unsigned long i;
+
+	for (i = 0; i < states->nr_pages; i++)
+		if (states->pages[i])
+			ummunotify_free_state_page(states->pages[i]);
+	kvfree(states);
+}
+
+/* The first mapping says how many there are; later ones may be smaller. */
+static struct ummunotify_states *
+ummunotify_provide_states(struct ummunotify_ctx *ctx, unsigned long nr_pages)
+{
+	struct ummunotify_states *states, *other;
+
+	/* Pairs with the cmpxchg() of who has allocated them. */
+	states = smp_load_acquire(&ctx->states);
+	if (!states) {
+		if (nr_pages > UMMUNOTIFY_STATE_SIZE_MAX >> PAGE_SHIFT)
+			return ERR_PTR(-EINVAL);
+		states = kvzalloc(struct_size(states, pages, nr_pages),
+				  GFP_KERNEL_ACCOUNT);
+		if (!states)
+			return ERR_PTR(-ENOMEM);
+		kref_init(&states->refs);
+		states->nr_pages = nr_pages;
+		other = cmpxchg(&ctx->states, NULL, states);
+		if (other) {
+			kref_put(&states->refs, ummunotify_free_states);
+			states = other;
+		}
+	}
+	return nr_pages <= states->nr_pages ? states : ERR_PTR(-EINVAL);
+}
+
+/* Before the lock is taken: it may allocate. */
+static int ummunotify_prepare_slot(struct ummunotify_ctx *ctx, u32 slot)
+{
+	unsigned long index = slot / UMMUNOTIFY_PAGE_SLOTS;
+	struct ummunotify_states *states;
+
+	/* Pairs with the cmpxchg() of who has allocated them. */
+	states = smp_load_acquire(&ctx->states);
+	if (!states || index >= states->nr_pages)
+		return -EINVAL;
+	return ummunotify_provide_state_page(states, index) ? 0 : -ENOMEM;
+}
+
+/* close(): nobody watches any more. */
+static void ummunotify_finish_states(struct ummunotify_ctx *ctx)
+{
+	unsigned long i, slot;
+
+	for (i = 0; ctx->states && i < ctx->states->nr_pages; i++) {
+		if (!ctx->states->pages[i])
+			continue;
+		slot = i * UMMUNOTIFY_PAGE_SLOTS;
+		raw_spin_lock(&ctx->lock);
+		do
+			ummunotify_count_state(ctx, slot, true);
+		while (++slot % UMMUNOTIFY_PAGE_SLOTS);
+		raw_spin_unlock(&ctx->lock);
+		cond_resched();
+	}
+}
+
+/* Registering and unregistering */
+
+static bool ummunotify_slot_is_used(struct ummunotify_ctx *ctx, u32 slot)
+{
+	return test_bit(slot % UMMUNOTIFY_PAGE_SLOTS,
+			ummunotify_state_page(ctx, slot)->used);
+}
+
+static void ummunotify_take_slot(struct ummunotify_ctx *ctx,
+				 struct ummunotify_region *region)
+{
+	__set_bit(region->slot % UMMUNOTIFY_PAGE_SLOTS,
+		  ummunotify_state_page(ctx, region->slot)->used);
+	region->busy = ummunotify_busy(ctx->tracker, region);
+	ummunotify_count_state(ctx, region->slot, region->busy);
+}
+
+static void ummunotify_leave_slot(struct ummunotify_ctx *ctx, u32 slot)
+{
+	__clear_bit(slot % UMMUNOTIFY_PAGE_SLOTS,
+		    ummunotify_state_page(ctx, slot)->used);
+	ummunotify_count_state(ctx, slot, true);
+}
+
+/* Takes over @region if it succeeds. */
+static int ummunotify_insert(struct ummunotify_ctx *ctx,
+			     struct ummunotify_region *region)
+{
+	lockdep_assert_held(&ctx->lock);
+
+	if (ctx->ended)
+		return -ESRCH;
+	if (ctx->nr_regions >= READ_ONCE(max_regions))
+		return -ENOSPC;
+	if (region->slot && ummunotify_slot_is_used(ctx, region->slot))
+		return -EBUSY;
+	if (!ummunotify_cookies_insert(ctx, region))
+		return -EINVAL;
+
+	ctx->nr_regions++;
+	region->serial = ctx->serial++;
+	if ((ctx->reasons | region->reasons) != ctx->reasons)
+		WRITE_ONCE(ctx->reasons, ctx->reasons | region->reasons);
+	if (region->slot)
+		ummunotify_take_slot(ctx, region);
+	if (region->last + 1 != region->start) {
+		ummunotify_ranges_insert(ctx, region);
+		ummunotify_update_bounds(ctx);
+		ummunotify_unsettle(ctx);
+	} else {
+		RB_CLEAR_NODE(&region->range_node);
+	}
+	return 0;
+}
+
+/* Take a region out of everything; its memory remains. */
+static void ummunotify_remove(struct ummunotify_ctx *ctx,
+			      struct ummunotify_region *region)
+{
+	lockdep_assert_held(&ctx->lock);
+
+	rb_erase_cached(&region->cookie_node, &ctx->cookies);
+	if (!RB_EMPTY_NODE(&region->range_node)) {
+		rb_erase_augmented_cached(&region->range_node, &ctx->ranges,
+					  &ummunotify_ranges_augment);
+		ummunotify_update_bounds(ctx);
+	}
+	if (!--ctx->nr_regions)
+		WRITE_ONCE(ctx->reasons, 0);
+	if (region->slot)
+		ummunotify_leave_slot(ctx, region->slot);
+}
+
+/* Keep an unregistered region, or leave it to the caller to free. */
+static bool ummunotify_spare(struct ummunotify_ctx *ctx,
+			     struct ummunotify_region *region)
+{
+	lockdep_assert_held(&ctx->lock);
+
+	if (ctx->nr_spares >= UMMUNOTIFY_SPARES +
+			      ctx->nr_regions / UMMUNOTIFY_SPARES_SHARE)
+		return false;
+	ctx->nr_spares++;
+	list_add(&region->pending, &ctx->spares);
+	return true;
+}
+
+static struct ummunotify_region *
+ummunotify_take_spare(struct ummunotify_ctx *ctx)
+{
+	struct ummunotify_region *region;
+
+	lockdep_assert_held(&ctx->lock);
+
+	region = list_first_entry_or_null(&ctx->spares,
+					  struct ummunotify_region, pending);
+	if (region) {
+		ctx->nr_spares--;
+		list_del(&region->pending);
+	}
+	return region;
+}
+
 /* read() and poll() */
 
 /*
@@ -749,13 +1331,14 @@ static size_t ummunotify_peek(struct ummunotify_ctx *ctx, size_t room)
 	struct ummunotify_event *event = ctx->batch;
 	struct ummunotify_event *end = event + room;
 	struct ummunotify_region *region;
+	u32 told = ctx->features & UMMUNOTIFY_FEATURE_CAUSE ? REPORT_CAUSES : 0;
 
 	raw_spin_lock(&ctx->lock);
 	list_for_each_entry(region, &ctx->pending, pending) {
 		if (event == end)
 			goto out;
 		event->type = UMMUNOTIFY_EVENT_TYPE_INVAL;
-		event->flags = region->report & REPORT_CAUSES;
+		event->flags = region->report & told;
 		if (region->report & REPORT_HINT)
 			event->flags |= UMMUNOTIFY_EVENT_FLAG_HINT;
 		event->hint_start = region->hint_start;
@@ -802,6 +1385,7 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 {
 	const struct ummunotify_event *final = &ctx->batch[n - 1];
 	struct ummunotify_region *region, *next;
+	LIST_HEAD(surplus);
 
 	raw_spin_lock(&ctx->lock);
 	list_for_each_entry_safe(region, next, &ctx->pending, pending) {
@@ -813,6 +1397,11 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 			region->report = 0;
 			list_del(&region->pending);
 			ctx->nr_pending--;
+			if (region->once) {
+				ummunotify_remove(ctx, region);
+				if (!ummunotify_spare(ctx, region))
+					list_add(&region->pending, &surplus);
+			}
 		}
 	}
 	ummunotify_unsettle(ctx);
@@ -828,6 +1417,9 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 		}
 	}
 	raw_spin_unlock(&ctx->lock);
+
+	list_for_each_entry_safe(region, next, &surplus, pending)
+		kmem_cache_free(ummunotify_region_cache, region);
 	return n;
 }
 
@@ -920,6 +1512,7 @@ static ssize_t ummunotify_read_iter(struct kiocb *iocb, struct iov_iter *to)
 		final = smp_load_acquire(&ctx->final);
 		ret = ummunotify_deliver(ctx, to);
 		mutex_unlock(&ctx->read_lock);
+		trace_ummunotify_read(ctx, ret);
 		if (ret > 0)
 			return ret * sizeof(struct ummunotify_event);
 		if (ret || final)
@@ -958,79 +1551,102 @@ static int ummunotify_fasync(int fd, struct file *file, int on)
 
 /* ioctl() */
 
+/*
+ * Have the tracker take over.  No invalidation of the address space is under way
+ * when it is registered, so it knows all that are, from then on.
+ */
+static int ummunotify_start_tracking(struct ummunotify_ctx *ctx)
+{
+	struct mm_struct *mm = ctx->notifier.mm;
+	struct ummunotify_tracker *tracker;
+	int ret = -ESRCH;
+
+	tracker = kzalloc(sizeof(*tracker), GFP_KERNEL_ACCOUNT);
+	if (!tracker)
+		return -ENOMEM;
+	tracker->notifier.ops = &ummunotify_tracker_ops;
+	tracker->ctx = ctx;
+	if (mmget_not_zero(mm)) {
+		ret = mmu_notifier_register(&tracker->notifier, mm);
+		mmput(mm);
+	}
+	if (ret) {
+		kfree(tracker);
+		/* A signal stopped the wait for the address space's locks. */
+		return ret == -EINTR ? -ERESTARTSYS : ret;
+	}
+
+	raw_spin_lock(&ctx->lock);
+	ctx->tracker = tracker;
+	ummunotify_update_bounds(ctx);
+	raw_spin_unlock(&ctx->lock);
+	return 0;
+}
+
 static long ummunotify_exchange_features(struct ummunotify_ctx *ctx,
 					 u32 __user *arg)
 {
 	u32 features;
 	bool late;
+	int ret;
 
 	if (get_user(features, arg))
 		return -EFAULT;
-	features &= UMMUNOTIFY_FEATURE_CAUSE;
+	features &= UMMUNOTIFY_FEATURES;
 
 	raw_spin_lock(&ctx->lock);
-	late = READ_ONCE(ctx->used);
-	WRITE_ONCE(ctx->used, true);
-	if (!late && features & UMMUNOTIFY_FEATURE_CAUSE)
-		WRITE_ONCE(ctx->told_causes, REPORT_CAUSES);
+	late = READ_ONCE(ctx->used) || ctx->exchanged;
+	ctx->exchanged = true;
 	raw_spin_unlock(&ctx->lock);
 	if (late)
 		return -EINVAL;
+
+	if (features & UMMUNOTIFY_FEATURE_STATE) {
+		ret = ummunotify_start_tracking(ctx);
+		if (ret) {
+			raw_spin_lock(&ctx->lock);
+			ctx->exchanged = false;
+			raw_spin_unlock(&ctx->lock);
+			return ret;
+		}
+	}
+	raw_spin_lock(&ctx->lock);
+	WRITE_ONCE(ctx->features, features);
+	raw_spin_unlock(&ctx->lock);
 	return put_user(features, arg);
 }
 
-/* Takes over @region if it succeeds. */
-static int ummunotify_insert(struct ummunotify_ctx *ctx,
-			     struct ummunotify_region *region)
+/* Make 0 of what was not negotiated: it is garbage in clients of 2010. */
+static int ummunotify_check_options(struct ummunotify_ctx *ctx,
+				    struct ummunotify_register_ioctl *parm)
 {
-	lockdep_assert_held(&ctx->lock);
+	u32 features = READ_ONCE(ctx->features);
+	u32 known = 0;
 
-	if (ctx->ended)
-		return -ESRCH;
-	if (ctx->nr_regions >= READ_ONCE(max_regions))
-		return -ENOSPC;
-	if (!ummunotify_cookies_insert(ctx, region))
+	if (features & UMMUNOTIFY_FEATURE_FILTER)
+		known |= UMMUNOTIFY_REGION_CAUSE_MASK;
+	if (features & UMMUNOTIFY_FEATURE_ONCE)
+		known |= UMMUNOTIFY_REGION_FLAG_ONCE;
+	if (!known)
+		parm->flags = 0;
+	else if (parm->flags & ~known)
 		return -EINVAL;
 
-	ctx->nr_regions++;
-	if (region->last + 1 != region->start) {
-		ummunotify_ranges_insert(ctx, region);
-		ummunotify_update_bounds(ctx);
-		ummunotify_unsettle(ctx);
-	} else {
-		RB_CLEAR_NODE(&region->range_node);
-	}
-	return 0;
+	if (!(features & UMMUNOTIFY_FEATURE_STATE))
+		parm->reserved = 0;
+	return parm->reserved ? ummunotify_prepare_slot(ctx, parm->reserved) : 0;
 }
 
-/* Keep an unregistered region, or leave it to the caller to free. */
-static bool ummunotify_spare(struct ummunotify_ctx *ctx,
-			     struct ummunotify_region *region)
+static u16 ummunotify_wanted(u32 flags)
 {
-	lockdep_assert_held(&ctx->lock);
+	u32 causes = flags & UMMUNOTIFY_REGION_CAUSE_MASK;
 
-	if (ctx->nr_spares >= UMMUNOTIFY_SPARES +
-			      ctx->nr_regions / UMMUNOTIFY_SPARES_SHARE)
-		return false;
-	ctx->nr_spares++;
-	list_add(&region->pending, &ctx->spares);
-	return true;
-}
-
-static struct ummunotify_region *
-ummunotify_take_spare(struct ummunotify_ctx *ctx)
-{
-	struct ummunotify_region *region;
-
-	lockdep_assert_held(&ctx->lock);
-
-	region = list_first_entry_or_null(&ctx->spares,
-					  struct ummunotify_region, pending);
-	if (region) {
-		ctx->nr_spares--;
-		list_del(&region->pending);
-	}
-	return region;
+	if (!causes)
+		return REASONS_ALL;
+	/* The kernel does not tell them apart. */
+	if (causes & UMMUNOTIFY_EVENT_CAUSE_MOVE)
+		causes |= UMMUNOTIFY_EVENT_CAUSE_UNMAP;
+	return REASONS(causes);
 }
 
 static long ummunotify_register(struct ummunotify_ctx *ctx,
@@ -1042,7 +1658,6 @@ static long ummunotify_register(struct ummunotify_ctx *ctx,
 	bool kept;
 	int ret;
 
-	/* flags and reserved are garbage in clients of 2010: not looked at. */
 	if (copy_from_user(&parm, arg, sizeof(parm)))
 		return -EFAULT;
 	WRITE_ONCE(ctx->used, true);
@@ -1051,6 +1666,9 @@ static long ummunotify_register(struct ummunotify_ctx *ctx,
 	end = untagged_addr(parm.end);
 	if (start > end || end > ULONG_MAX)
 		return -EINVAL;
+	ret = ummunotify_check_options(ctx, &parm);
+	if (ret)
+		return ret;
 
 	raw_spin_lock(&ctx->lock);
 	region = ummunotify_take_spare(ctx);
@@ -1065,11 +1683,15 @@ static long ummunotify_register(struct ummunotify_ctx *ctx,
 	region->last = end - 1;
 	region->cookie = parm.user_cookie;
 	region->report = 0;
+	region->reasons = ummunotify_wanted(parm.flags);
+	region->slot = parm.reserved;
+	region->once = !!(parm.flags & UMMUNOTIFY_REGION_FLAG_ONCE);
 	ret = ummunotify_insert(ctx, region);
 	kept = !ret || ummunotify_spare(ctx, region);
 	raw_spin_unlock(&ctx->lock);
 	if (!kept)
 		kmem_cache_free(ummunotify_region_cache, region);
+	trace_ummunotify_register(ctx, &parm, ret);
 
 	/*
 	 * Pairs with the one in ummunotify_invalidate_range_end(): whatever the
@@ -1094,15 +1716,10 @@ static long ummunotify_unregister(struct ummunotify_ctx *ctx,
 	region = ummunotify_cookies_find(ctx, cookie);
 	if (!region) {
 		raw_spin_unlock(&ctx->lock);
+		trace_ummunotify_unregister(ctx, cookie, -EINVAL);
 		return -EINVAL;
 	}
-	rb_erase_cached(&region->cookie_node, &ctx->cookies);
-	if (!RB_EMPTY_NODE(&region->range_node)) {
-		rb_erase_augmented_cached(&region->range_node, &ctx->ranges,
-					  &ummunotify_ranges_augment);
-		ummunotify_update_bounds(ctx);
-	}
-	ctx->nr_regions--;
+	ummunotify_remove(ctx, region);
 	if (region->report & REPORT_PENDING) {
 		list_del(&region->pending);
 		ctx->nr_pending--;
@@ -1124,6 +1741,7 @@ static long ummunotify_unregister(struct ummunotify_ctx *ctx,
 		kmem_cache_free(ummunotify_region_cache, surplus);
 	if (wake)
 		ummunotify_wake(ctx);
+	trace_ummunotify_unregister(ctx, cookie, 0);
 	return 0;
 }
 
@@ -1171,34 +1789,108 @@ static const struct file_operations ummunotify_counter_fops = {
 	.release	= ummunotify_counter_release,
 };
 
+static vm_fault_t ummunotify_states_fault(struct vm_fault *vmf)
+{
+	struct ummunotify_states *states = vmf->vma->vm_private_data;
+	unsigned long index = vmf->pgoff - UMMUNOTIFY_STATE_PGOFF;
+	struct ummunotify_state_page *page;
+
+	if (index >= states->nr_pages)
+		return VM_FAULT_SIGBUS;
+	page = ummunotify_provide_state_page(states, index);
+	if (!page)
+		return VM_FAULT_OOM;
+	get_page(page->page);
+	vmf->page = page->page;
+	return 0;
+}
+
+static const struct vm_operations_struct ummunotify_states_vm_ops = {
+	.fault	= ummunotify_states_fault,
+};
+
+static int ummunotify_states_release(struct inode *inode, struct file *file)
+{
+	struct ummunotify_states *states = file->private_data;
+
+	kref_put(&states->refs, ummunotify_free_states);
+	return 0;
+}
+
+static const struct file_operations ummunotify_states_fops = {
+	.owner		= THIS_MODULE,
+	.release	= ummunotify_states_release,
+};
+
 /*
- * The mapping holds a file of its own, which holds the page.  Did it hold the
+ * The mapping holds a file of its own, which holds what is mapped.  Did it hold the
  * device's file, close() would leave everything running behind it, instead of
- * raising the counter for the last time.
+ * saying for the last time that something has changed.
+ *
+ * With success, takes over the caller's reference to @what.
  */
+static int ummunotify_map(struct vm_area_struct *vma, void *what,
+			  const struct file_operations *fops,
+			  const struct vm_operations_struct *vm_ops)
+{
+	struct file *file;
+
+	file = anon_inode_getfile("[ummunotify]", fops, what, O_RDONLY);
+	if (IS_ERR(file))
+		return PTR_ERR(file);
+
+	vma_set_file(vma, file);
+	fput(file);
+	ummunotify_vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE);
+	vma->vm_private_data = what;
+	vma->vm_ops = vm_ops;
+	return 0;
+}
+
+static int ummunotify_map_counter(struct ummunotify_ctx *ctx,
+				  struct vm_area_struct *vma)
+{
+	int ret;
+
+	get_page(ctx->counter);
+	ret = ummunotify_map(vma, ctx->counter, &ummunotify_counter_fops,
+			     &ummunotify_counter_vm_ops);
+	if (ret)
+		put_page(ctx->counter);
+	return ret;
+}
+
+static int ummunotify_map_states(struct ummunotify_ctx *ctx,
+				 struct vm_area_struct *vma)
+{
+	struct ummunotify_states *states;
+	int ret;
+
+	states = ummunotify_provide_states(ctx, vma_pages(vma));
+	if (IS_ERR(states))
+		return PTR_ERR(states);
+
+	kref_get(&states->refs);
+	ret = ummunotify_map(vma, states, &ummunotify_states_fops,
+			     &ummunotify_states_vm_ops);
+	if (ret)
+		kref_put(&states->refs, ummunotify_free_states);
+	return ret;
+}
+
 static int ummunotify_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct ummunotify_ctx *ctx = file->private_data;
-	struct file *counter_file;
+	bool counter = vma->vm_pgoff == 0 && vma_pages(vma) == 1;
+	bool states = vma->vm_pgoff == UMMUNOTIFY_STATE_PGOFF &&
+		      READ_ONCE(ctx->features) & UMMUNOTIFY_FEATURE_STATE;
 
-	if (vma->vm_pgoff != 0 || vma->vm_end - vma->vm_start != PAGE_SIZE)
+	if (!counter && !states)
 		return -EINVAL;
 	if (vma->vm_flags & VM_WRITE)
 		return -EACCES;
-
-	counter_file = anon_inode_getfile("[ummunotify]",
-					  &ummunotify_counter_fops,
-					  ctx->counter, O_RDONLY);
-	if (IS_ERR(counter_file))
-		return PTR_ERR(counter_file);
-	get_page(ctx->counter);
-
-	vma_set_file(vma, counter_file);
-	fput(counter_file);
-	ummunotify_vm_flags_mod(vma, VM_DONTEXPAND | VM_DONTDUMP, VM_MAYWRITE);
-	vma->vm_private_data = ctx->counter;
-	vma->vm_ops = &ummunotify_counter_vm_ops;
-	return 0;
+	return counter ? ummunotify_map_counter(ctx, vma) :
+			 ummunotify_map_states(ctx, vma);
 }
 
 /* open() and close() */
@@ -1258,6 +1950,10 @@ static int ummunotify_release(struct inode *inode, struct file *file)
 	ctx->closing = true;
 	ummunotify_raise_generation(ctx);
 	raw_spin_unlock(&ctx->lock);
+	ummunotify_finish_states(ctx);
+	if (ctx->tracker)
+		mmu_notifier_unregister(&ctx->tracker->notifier,
+					ctx->tracker->notifier.mm);
 	mmu_notifier_unregister(&ctx->notifier, ctx->notifier.mm);
 	irq_work_sync(&ctx->wake_work);
 
@@ -1274,6 +1970,9 @@ static int ummunotify_release(struct inode *inode, struct file *file)
 		if (++freed % 1024 == 0)
 			cond_resched();
 	}
+	if (ctx->states)
+		kref_put(&ctx->states->refs, ummunotify_free_states);
+	kfree(ctx->tracker);
 	put_page(ctx->counter);
 	kfree(ctx);
 	return 0;
@@ -1294,6 +1993,7 @@ static void ummunotify_show_fdinfo(struct seq_file *m, struct file *file)
 	seq_printf(m, "ummunotify-regions:\t%u\n", regions);
 	seq_printf(m, "ummunotify-pending:\t%u\n", pending);
 	seq_printf(m, "ummunotify-generation:\t%llu\n", generation);
+	seq_printf(m, "ummunotify-features:\t0x%x\n", READ_ONCE(ctx->features));
 }
 
 static const struct file_operations ummunotify_fops = {

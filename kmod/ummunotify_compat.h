@@ -12,6 +12,7 @@
 #include <linux/mm.h>
 #include <linux/mmu_notifier.h>
 #include <linux/module.h>
+#include <linux/sizes.h>
 #include <linux/version.h>
 
 #include <uapi/linux/ummunotify.h>
@@ -39,8 +40,11 @@ static inline void vma_set_file(struct vm_area_struct *vma, struct file *file)
  */
 #if LINUX_VERSION_CODE < KERNEL_VERSION(5, 11, 0)
 #define UMMUNOTIFY_GFP_MAPPED	GFP_KERNEL
+/* So there must be little of it. */
+#define UMMUNOTIFY_STATE_SIZE_MAX	SZ_64K
 #else
 #define UMMUNOTIFY_GFP_MAPPED	GFP_KERNEL_ACCOUNT
+#define UMMUNOTIFY_STATE_SIZE_MAX	SZ_8M
 #endif
 
 /* Kernels know different reasons. */
