@@ -80,7 +80,11 @@ test-kernels: $(addprefix test-guest-,$(ALL_KERNELS))
 test-guest-%: $(INSTALLED)
 	@echo "== Linux $*: the driver's selftests"
 	$(MAKE) -C kmod/selftests
-	$(HARNESS) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 -- kmod/selftests/run.sh
+	kdir=$$($(HARNESS) kdir $*) && \
+		$(MAKE) -C kmod/selftests hold KDIR="$$kdir" HOLD=$(CURDIR)/.cache/hold/$*
+	$(HARNESS) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 \
+		--env UMMUNOTIFY_HOLD=$(CURDIR)/.cache/hold/$*/ummunotify_hold.ko -- \
+		kmod/selftests/run.sh
 	@echo "== Linux $*: the library, $(call marks,$*)"
 	$(HARNESS) pytest $* -- --device -m "$(call marks,$*)" \
 		--ignore-glob="tests/test_memtrackd_*"

@@ -93,12 +93,8 @@ module_param(report_foreign, bool, 0444);
 MODULE_PARM_DESC(report_foreign,
 		 "Report what kernel threads do to pages, KSM among them (default Y)");
 
-/*
- * Invalidations under way that are known by their ranges; of more, the number.
- * Some places are kept for those that may come from PAGEMAP_SCAN.
- */
+/* Invalidations under way that are known by their ranges; of more, the number. */
 #define UMMUNOTIFY_FLIGHTS	64
-#define UMMUNOTIFY_FLIGHTS_KEPT	16
 
 /* State words in a page. */
 #define UMMUNOTIFY_PAGE_SLOTS	(PAGE_SIZE / sizeof(u64))
@@ -212,7 +208,6 @@ struct ummunotify_flight {
  * @ctx:	the fd
  * @nr_flights:	number of @flights
  * @nr_unknown:	how many more there are
- * @lost:	nor is their number known any more
  * @flights:	their ranges, in no order
  *
  * A region registered meanwhile finds here how many of them touch it.  Two with the
@@ -220,18 +215,12 @@ struct ummunotify_flight {
  * not matter which.
  *
  * While there are more than fit, a region that is registered stays busy forever.
- *
- * To register a notifier takes all locks that an invalidation may run under, so
- * that none is under way then.  There is one exception: PAGEMAP_SCAN, which protects
- * what it has scanned, holds none of them.  Its end may come here without its start:
- * a stray.  To tell those from others, its kind is never among the unknown.
  */
 struct ummunotify_tracker {
 	struct mmu_notifier		notifier;
 	struct ummunotify_ctx		*ctx;
 	unsigned int			nr_flights;
 	unsigned int			nr_unknown;
-	bool				lost;
 	struct ummunotify_flight	flights[UMMUNOTIFY_FLIGHTS];
 };
 
@@ -615,7 +604,6 @@ enum ummunotify_phase {
  * @reasons:	the same, to be compared with what regions ask for
  * @serial:	regions from this one on have found it in the tracker, or not any
  *		more, and count it accordingly: they are not counted again
- * @stray:	it has begun before there was a tracker, see there
  * @hits:	number of regions
  * @may_sleep:	the caller may sleep
  * @raised:	this walk has raised the generation
@@ -631,7 +619,6 @@ struct ummunotify_walk {
 	u16				reasons;
 	u32				serial;
 	unsigned int			hits;
-	bool				stray;
 	bool				may_sleep;
 	bool				raised;
 	bool				wake;
@@ -676,49 +663,34 @@ static bool ummunotify_flight_is(const struct ummunotify_flight *flight,
 	       flight->reasons == walk->reasons;
 }
 
-static bool ummunotify_may_be_stray(const struct ummunotify_walk *walk)
-{
-	return walk->causes & UMMUNOTIFY_EVENT_CAUSE_PROTECT_MAPPING;
-}
-
 static void ummunotify_take_off(struct ummunotify_tracker *tracker,
 				const struct ummunotify_walk *walk)
 {
-	unsigned int room = UMMUNOTIFY_FLIGHTS;
-
-	if (!ummunotify_may_be_stray(walk))
-		room -= UMMUNOTIFY_FLIGHTS_KEPT;
-	if (tracker->nr_flights < room) {
-		tracker->flights[tracker->nr_flights++] =
-			(struct ummunotify_flight) {
-				.start		= walk->start,
-				.last		= walk->last,
-				.reasons	= walk->reasons,
-			};
-	} else if (ummunotify_may_be_stray(walk)) {
-		tracker->lost = true;
-	} else {
+	if (tracker->nr_flights == UMMUNOTIFY_FLIGHTS) {
 		tracker->nr_unknown++;
+		return;
 	}
+	tracker->flights[tracker->nr_flights++] = (struct ummunotify_flight) {
+		.start		= walk->start,
+		.last		= walk->last,
+		.reasons	= walk->reasons,
+	};
 }
 
 static void ummunotify_land(struct ummunotify_tracker *tracker,
-			    struct ummunotify_walk *walk)
+			    const struct ummunotify_walk *walk)
 {
 	struct ummunotify_flight *flight = tracker->flights;
 	struct ummunotify_flight *end = flight + tracker->nr_flights;
 
-	for (; flight < end; flight++) {
-		if (ummunotify_flight_is(flight, walk)) {
-			*flight = end[-1];
-			tracker->nr_flights--;
-			return;
-		}
-	}
-	if (ummunotify_may_be_stray(walk))
-		walk->stray = true;
-	else
+	while (flight < end && !ummunotify_flight_is(flight, walk))
+		flight++;
+	if (flight < end) {
+		*flight = end[-1];
+		tracker->nr_flights--;
+	} else {
 		tracker->nr_unknown--;
+	}
 }
 
 /* How many invalidations under way touch a region that is being registered? */
@@ -729,7 +701,7 @@ static u16 ummunotify_busy(const struct ummunotify_tracker *tracker,
 	const struct ummunotify_flight *end = flight + tracker->nr_flights;
 	u16 busy = 0;
 
-	if (tracker->nr_unknown || tracker->lost)
+	if (tracker->nr_unknown)
 		return BUSY_FOREVER;
 	for (; flight < end; flight++)
 		if (flight->start <= region->last &&
@@ -750,11 +722,6 @@ static void ummunotify_update_state(struct ummunotify_walk *walk,
 	if (walk->phase == UMMUNOTIFY_PHASE_FINAL) {
 		region->busy = BUSY_FOREVER;
 		ummunotify_count_state(ctx, region->slot, true);
-		return;
-	}
-	if (walk->stray) {
-		/* As late as it is. */
-		ummunotify_count_state(ctx, region->slot, region->busy);
 		return;
 	}
 	if ((s32)(region->serial - walk->serial) >= 0)
@@ -1552,8 +1519,9 @@ static int ummunotify_fasync(int fd, struct file *file, int on)
 /* ioctl() */
 
 /*
- * Have the tracker take over.  No invalidation of the address space is under way
- * when it is registered, so it knows all that are, from then on.
+ * Have the tracker take over.  To register a notifier takes all locks that an
+ * invalidation runs under: none is under way then, and of all that come later the
+ * tracker sees the start and the end.
  */
 static int ummunotify_start_tracking(struct ummunotify_ctx *ctx)
 {

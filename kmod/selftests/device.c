@@ -15,7 +15,7 @@
 
 #include "device.h"
 
-struct device open_device(int flags)
+struct device open_device_plain(int flags)
 {
 	struct device device;
 
@@ -29,22 +29,37 @@ struct device open_device(int flags)
 	return device;
 }
 
+struct device open_device_with(u32 features, int flags)
+{
+	struct device device = open_device_plain(flags);
+	u32 granted = features;
+
+	CHECK_EQ(try_exchange(device.fd, &granted), 0);
+	CHECK_EQ(granted, features);
+	return device;
+}
+
+struct device open_device(int flags)
+{
+	if (!getenv("UMMUNOTIFY_TEST_FEATURES"))
+		return open_device_plain(flags);
+	/* But for causes, since tests look at all flags. */
+	return open_device_with(UMMUNOTIFY_FEATURE_FILTER |
+				UMMUNOTIFY_FEATURE_STATE |
+				UMMUNOTIFY_FEATURE_ONCE, flags);
+}
+
+struct device open_device_with_causes(int flags)
+{
+	return open_device_with(UMMUNOTIFY_FEATURE_CAUSE, flags);
+}
+
 void close_device(struct device *device)
 {
 	CHECK_EQ(munmap((void *)device->counter, page_size()), 0);
 	CHECK_EQ(close(device->fd), 0);
 	device->counter = NULL;
 	device->fd = -1;
-}
-
-struct device open_device_with_causes(int flags)
-{
-	struct device device = open_device(flags);
-	u32 features = UMMUNOTIFY_FEATURE_CAUSE;
-
-	CHECK_EQ(try_exchange(device.fd, &features), 0);
-	CHECK_EQ(features, UMMUNOTIFY_FEATURE_CAUSE);
-	return device;
 }
 
 u64 generation(const struct device *device)
@@ -59,16 +74,24 @@ int try_exchange(int fd, u32 *features)
 	return ret < 0 ? -errno : ret;
 }
 
-int try_register(int fd, u64 start, u64 end, u64 cookie)
+int try_register_with(int fd, u64 start, u64 end, u64 cookie, u32 flags,
+		      u32 slot)
 {
 	struct ummunotify_register_ioctl region = {
 		.start		= start,
 		.end		= end,
 		.user_cookie	= cookie,
+		.flags		= flags,
+		.reserved	= slot,
 	};
 	int ret = ioctl(fd, UMMUNOTIFY_REGISTER_REGION, &region);
 
 	return ret < 0 ? -errno : ret;
+}
+
+int try_register(int fd, u64 start, u64 end, u64 cookie)
+{
+	return try_register_with(fd, start, end, cookie, 0, 0);
 }
 
 int try_unregister(int fd, u64 cookie)

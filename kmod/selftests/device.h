@@ -37,8 +37,16 @@ static inline u64 address(const void *pointer)
 	return (uintptr_t)pointer;
 }
 
-/* Open it read-only, with more flags, and map the counter. */
+/*
+ * Open it read-only, with more flags, and map the counter.  With
+ * UMMUNOTIFY_TEST_FEATURES=1 in the environment it has all features, none of
+ * which changes anything for who makes no use of it.
+ */
 struct device open_device(int flags);
+/* Without, whatever the environment says. */
+struct device open_device_plain(int flags);
+/* With these features, and no others. */
+struct device open_device_with(u32 features, int flags);
 /* With UMMUNOTIFY_FEATURE_CAUSE. */
 struct device open_device_with_causes(int flags);
 void close_device(struct device *device);
@@ -46,6 +54,9 @@ u64 generation(const struct device *device);
 
 int try_exchange(int fd, u32 *features);
 int try_register(int fd, u64 start, u64 end, u64 cookie);
+/* With what the negotiated features define. */
+int try_register_with(int fd, u64 start, u64 end, u64 cookie, u32 flags,
+		      u32 slot);
 int try_unregister(int fd, u64 cookie);
 void register_region(const struct device *device, const void *start,
 		     size_t length, u64 cookie);

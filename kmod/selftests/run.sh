@@ -8,21 +8,28 @@
 # UMMUNOTIFY_RULE_INSTALLED=1  the udev rule is in force: it is a failure if not
 #                              everybody can open the device
 # UMMUNOTIFY_TEST_LIMIT=N      kill a test after N seconds
+# UMMUNOTIFY_HOLD=MODULE       ummunotify_hold.ko, to be loaded meanwhile
 
 cd "$(dirname "$0")" || exit 1
 
 all="abi_test behaviour_test wait_test lifetime_test limits_test operations_test
-clients_2010_test torn_counter_test race_test stale_window_test
-abi_test_32 behaviour_test_32 clients_2010_test_32"
+clients_2010_test features_test state_test uring_test trace_test foreign_test
+torn_counter_test race_test stale_window_test
+abi_test_32 behaviour_test_32 clients_2010_test_32 features_test_32 state_test_32
+behaviour_test_featured lifetime_test_featured race_test_featured
+stale_window_test_featured"
 
 [ $# -gt 0 ] || set -- $all
 
 counts=$(mktemp) || exit 1
-trap 'rm -f "$counts"' EXIT
+trap 'rm -f "$counts"; [ -z "$UMMUNOTIFY_HOLD" ] || rmmod ummunotify_hold' EXIT
+[ -z "$UMMUNOTIFY_HOLD" ] || insmod "$UMMUNOTIFY_HOLD" || exit 1
 
 run() {
 	case $1 in
 	operations_test) ./operations_test ../operations.rst ;;
+	# What was negotiated and is not used changes nothing.
+	*_featured) UMMUNOTIFY_TEST_FEATURES=1 ./"${1%_featured}" ;;
 	*) ./"$1" ;;
 	esac
 	echo "exit status $?"
@@ -58,7 +65,7 @@ number=0
 for program; do
 	number=$((number + 1))
 	echo "# $program"
-	if [ -x "./$program" ]; then
+	if [ -x "./${program%_featured}" ]; then
 		run "$program" 2>&1 | indent "$program" $number
 	elif [ "${program%_32}" != "$program" ]; then
 		# It was built without a compiler for 32 bits.
