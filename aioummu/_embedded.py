@@ -148,7 +148,7 @@ class EmbeddedDevice:
         cookie = checked_cookie(cookie)
         refusal = ffi.new("struct aioummu_refusal *")
         self._check(
-            lib.aioummu_register(self._number, start, end, cookie, refusal),
+            lib.aioummu_register(self._number, start, end, cookie, 0, False, refusal),
             cookie,
             refusal,
         )

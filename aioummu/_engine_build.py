@@ -26,11 +26,13 @@ ffibuilder.cdef(
     const uint64_t *aioummu_activity(void);
     int aioummu_open(int doorbell[2]);
     int aioummu_register(int notifier, uint64_t start, uint64_t end,
-                         uint64_t cookie, struct aioummu_refusal *refusal);
+                         uint64_t cookie, uint32_t wanted, bool once,
+                         struct aioummu_refusal *refusal);
     int aioummu_unregister(int notifier, uint64_t cookie);
     int aioummu_spent(int notifier, uint64_t cookie);
     int aioummu_rearm(int notifier, uint64_t cookie,
                       struct aioummu_refusal *refusal);
+    int aioummu_state(int notifier, uint64_t cookie, uint64_t *state);
     ssize_t aioummu_read(int notifier, void *buffer, size_t size);
     int aioummu_generation(int notifier, uint64_t *generation);
     int aioummu_fence(void);
@@ -47,12 +49,14 @@ _SOURCES = [
     "engine/forward.c",
     "engine/mappings.c",
     "engine/ranges.c",
+    "engine/threads.c",
 ]
 _HEADERS = [
     "engine/descriptor.h",
     "engine/engine.h",
     "engine/mappings.h",
     "engine/ranges.h",
+    "engine/threads.h",
 ]
 
 ffibuilder.set_source(

@@ -261,7 +261,8 @@ static void register_region(char *page, uint64_t cookie)
 {
 	struct aioummu_refusal refusal;
 	int error = aioummu_register(notifier, (uintptr_t)page,
-				     (uintptr_t)page + PAGE, cookie, &refusal);
+				     (uintptr_t)page + PAGE, cookie, 0, false,
+				     &refusal);
 
 	if (error)
 		die("aioummu_register", -error);

@@ -19,6 +19,29 @@
  * Whole mappings are registered with the userfaultfd: half a mapping would be
  * split, and mremap() would refuse to move or grow it.  The engine remembers what
  * it has registered ("coverage") and forgets it as events tell that it went away.
+ *
+ * What a region's state says is right for these reasons:
+ *
+ * - An unmapping or a move is reported when the memory has gone, and its call goes
+ *   on after that.  Whoever asks later has it counted, as above.
+ * - A region that was unmapped or moved in part is spent, and busy until it is
+ *   armed again, because what is mapped there then is not watched.  Its number has
+ *   risen, so that no state from before that time comes back.
+ * - A drop of pages (MADV_DONTNEED, MADV_FREE, MADV_REMOVE) is reported *before* the
+ *   pages go, and nothing says when they have gone.  So its range is remembered as
+ *   a drop that may go on, and each region in it is busy.  A region that is looked
+ *   at after that is not busy any more, or it was there before, and has it counted.
+ * - To unmap the range does not end a drop: the thread comes back and drops what is
+ *   mapped at its addresses by then.  Moved pages of a file are dropped where they
+ *   have come to, if that is MADV_REMOVE, so a drop is remembered there as well.
+ * - A drop has ended once each thread was seen outside of madvise() after the event
+ *   was read: the thread that made it was inside then.  All threads are listed at
+ *   one moment after it (a *round*), and each is looked at until it was outside
+ *   (threads.h).  Drops are numbered; a round ends those that are older than it.
+ * - There is room for so many drops.  What does not fit makes one of them wider.
+ *
+ * Unknown are processes that use this memory without being threads of it, except
+ * for children of vfork(), whose parent waits.
  */
 #define _GNU_SOURCE
 #include "engine.h"
@@ -45,6 +68,7 @@
 #include "descriptor.h"
 #include "mappings.h"
 #include "ranges.h"
+#include "threads.h"
 
 /* Not in the headers of older systems. */
 #ifndef USERFAULTFD_IOC_NEW
@@ -81,6 +105,12 @@
 #define ATTEMPTS	100
 /* Milliseconds after which the thread looks whether its descriptors are its own. */
 #define POLL_TIMEOUT	1000
+/* Drops of pages that may go on, before the next one makes one of them wider. */
+#ifndef AIOUMMU_DROPS
+#define AIOUMMU_DROPS		256
+#endif
+/* What looking for the end of drops leaves to others, in times that it takes. */
+#define LOOK_REST		9
 /* Nanoseconds for which a fence waits for a moment without any change. */
 #define FENCE_PATIENCE	50000000
 #define FIRST_CHUNK	(64u << 10)
@@ -127,6 +157,9 @@ struct change {
  * @hint_start:	first byte of what is to be reported
  * @hint_end:	first byte behind
  * @causes:	UMMUNOTIFY_EVENT_CAUSE_ flags of all that is to be reported
+ * @wanted:	those that it asks for
+ * @changes:	what was done to it of that, and how often it became spent
+ * @once:	the read that takes its report unregisters it
  * @pending:	there is a report that nobody has read
  * @exact:	there was one invalidation since the last read
  * @spent:	a part of it is not watched any more
@@ -139,6 +172,9 @@ struct region {
 	uint64_t		hint_start;
 	uint64_t		hint_end;
 	uint32_t		causes;
+	uint32_t		wanted;
+	uint64_t		changes;
+	bool			once;
 	bool			pending;
 	bool			exact;
 	bool			spent;
@@ -192,6 +228,16 @@ struct cover {
 	TAILQ_ENTRY(cover)	link;
 };
 
+/**
+ * struct drop - pages that may still be being dropped
+ * @range:	in engine.drops; they do not overlap
+ * @number:	of the latest event in it, 0 if this one is not in use
+ */
+struct drop {
+	struct range		range;
+	uint64_t		number;
+};
+
 struct free_object {
 	struct free_object	*next;
 };
@@ -242,11 +288,22 @@ struct page {
  * @region_pool:	where regions come from
  * @notifier_pool:	where notifiers come from
  * @cover_pool:	where coverage comes from
+ * @drops:	ranges whose pages may still be being dropped, by address
+ * @unused_drops:	of the table, linked by @right
+ * @drop_table:	where they all lie
+ * @drop_number:	of the latest event that says so; never falls
  * @change_number:	of the change being applied
  * @last_number:	of the newest notifier; numbers are not used again
  * @random:	the last random number
+ * @looking:	held while somebody looks what threads do, before @lock if both are;
+ *		protects the next two
+ * @threads:	those that the round waits for
+ * @round:	number of the last drop that it ends, 0 if there is none
+ * @looked:	number of the last drop that was looked for
+ * @next_look:	when the next look for the same drops may be
  * @wake:	has the thread look around
  * @thread:	the thread
+ * @thread_number:	its number
  * @stack:	its stack, between two inaccessible pages
  * @stack_size:	in bytes, with them
  * @page:	see there
@@ -279,12 +336,23 @@ static struct engine {
 	struct pool		region_pool;
 	struct pool		notifier_pool;
 	struct pool		cover_pool;
+	struct range		*drops;
+	struct range		*unused_drops;
+	struct drop		drop_table[AIOUMMU_DROPS];
+	uint64_t		drop_number;
 	uint64_t		change_number;
 	int			last_number;
 	uint32_t		random;
 
+	pthread_mutex_t		looking;
+	struct threads		threads;
+	uint64_t		round;
+	_Atomic uint64_t	looked;
+	_Atomic uint64_t	next_look;
+
 	struct bell		wake;
 	pthread_t		thread;
+	_Atomic pid_t		thread_number;
 	void			*stack;
 	size_t			stack_size;
 	struct page *_Atomic	page;
@@ -302,6 +370,8 @@ static struct engine {
 	.lock = PTHREAD_MUTEX_INITIALIZER,
 	.userfaultfd = { .fd = -1 },
 	.maps = { .fd = -1 },
+	.looking = PTHREAD_MUTEX_INITIALIZER,
+	.threads = { .directory = { .fd = -1 } },
 	.wake = { .out = { .fd = -1 }, .in = { .fd = -1 } },
 };
 
@@ -460,18 +530,30 @@ static void drop_report(struct region *region)
 	TAILQ_REMOVE(&region->notifier->reports, region, reported);
 }
 
+/* Nobody can do without what may be anything. */
+static bool asks_for(const struct region *region, enum change_kind kind)
+{
+	return !causes[kind] || region->wanted & causes[kind];
+}
+
 static void hit(struct range *range, void *context)
 {
 	struct region *region = container_of(range, struct region, range);
 	struct notifier *notifier = region->notifier;
 	const struct change *change = context;
+	bool asked = asks_for(region, change->kind);
 
+	if (change->kind != CHANGE_DROPS_PAGES)
+		region->spent = true;
+	else if (!asked)
+		return;
+	region->changes++;
+	if (!asked)
+		return;
 	if (notifier->last_change != engine.change_number) {
 		notifier->last_change = engine.change_number;
 		notifier->generation++;
 	}
-	if (change->kind != CHANGE_DROPS_PAGES)
-		region->spent = true;
 	if (region->pending) {
 		region->exact = false;
 		region->causes |= causes[change->kind];
@@ -635,6 +717,88 @@ static void doubt_cover(uint64_t start, uint64_t end)
 	add_cover(start, end, false, true);
 }
 
+/* ------------------------------------------------------------------ drops --- */
+
+static struct drop *find_drop(uint64_t start, uint64_t end)
+{
+	struct range *range = ranges_overlapping(engine.drops, start, end);
+
+	return range ? container_of(range, struct drop, range) : NULL;
+}
+
+static void free_drop(struct drop *drop)
+{
+	drop->number = 0;
+	drop->range.right = engine.unused_drops;
+	engine.unused_drops = &drop->range;
+}
+
+static void remove_drop(struct drop *drop)
+{
+	ranges_remove(&engine.drops, &drop->range);
+	free_drop(drop);
+}
+
+/* The one to be made wider if there is no room for this range: the nearest. */
+static struct drop *nearest_drop(uint64_t start, uint64_t end)
+{
+	struct range *before = ranges_before(engine.drops, start);
+	struct drop *behind = find_drop(end, UINT64_MAX);
+
+	if (behind && (!before || behind->range.start - end < start - before->end))
+		return behind;
+	return container_of(before, struct drop, range);
+}
+
+/* Takes a drop away; the range is then one that has both in it. */
+static void absorb(struct drop *drop, uint64_t *start, uint64_t *end)
+{
+	if (drop->range.start < *start)
+		*start = drop->range.start;
+	if (drop->range.end > *end)
+		*end = drop->range.end;
+	remove_drop(drop);
+}
+
+/* The pages in this range are about to go, and nothing will tell when they have. */
+static void remember_drop(uint64_t start, uint64_t end)
+{
+	struct drop *drop;
+
+	while ((drop = find_drop(start, end)))
+		absorb(drop, &start, &end);
+	if (!engine.unused_drops)
+		absorb(nearest_drop(start, end), &start, &end);
+	drop = container_of(engine.unused_drops, struct drop, range);
+	engine.unused_drops = drop->range.right;
+	*drop = (struct drop) {
+		.range = {
+			.start = start, .end = end, .priority = random_priority(),
+		},
+		.number = ++engine.drop_number,
+	};
+	ranges_insert(&engine.drops, &drop->range);
+}
+
+/* Those up to this number have ended. */
+static void end_drops(uint64_t number)
+{
+	for (unsigned int i = 0; i < AIOUMMU_DROPS; i++) {
+		struct drop *drop = &engine.drop_table[i];
+
+		if (drop->number && drop->number <= number)
+			remove_drop(drop);
+	}
+}
+
+static void forget_drops(void)
+{
+	engine.drops = NULL;
+	engine.unused_drops = NULL;
+	for (unsigned int i = 0; i < AIOUMMU_DROPS; i++)
+		free_drop(&engine.drop_table[i]);
+}
+
 /* ---------------------------------------------------------------- changes --- */
 
 static void apply(struct change *change)
@@ -647,7 +811,9 @@ static void apply(struct change *change)
 		ranges_visit(engine.regions, change->start, change->end, hit,
 			     change);
 	}
-	if (change->kind == CHANGE_UNMAPS) {
+	if (change->kind == CHANGE_DROPS_PAGES) {
+		remember_drop(change->start, change->end);
+	} else if (change->kind == CHANGE_UNMAPS) {
 		doubt_cover(change->start, change->end);
 	} else if (change->kind == CHANGE_MOVES) {
 		/*
@@ -656,6 +822,8 @@ static void apply(struct change *change)
 		 */
 		uint64_t end = change->target + (length ? length : 1);
 
+		if (find_drop(change->start, change->end))
+			remember_drop(change->target, end);
 		remove_cover(change->target, end);
 		add_cover(change->target, end, false, true);
 	}
@@ -670,6 +838,7 @@ static void invalidate_everything(void)
 	apply(&change);
 	/* It was not one change, which each report now says it was. */
 	ranges_visit(engine.regions, 0, UINT64_MAX, hit, &change);
+	remember_drop(0, UINT64_MAX);
 	/* Still registered, mostly, and moved to who knows where. */
 	forget(0, UINT64_MAX);
 }
@@ -1096,6 +1265,7 @@ static void *run(void *unused)
 
 	(void)unused;
 	pthread_setname_np(pthread_self(), "aioummu");
+	atomic_store(&engine.thread_number, (pid_t)syscall(SYS_gettid));
 	while (works && !atomic_load(&engine.stopping)) {
 		works = wait_for_event() && read_event();
 		if (!works)
@@ -1171,8 +1341,28 @@ void aioummu_probe(struct aioummu_support *support)
 		close(mappings.fd);
 }
 
+static int open_threads(void)
+{
+	int error;
+
+	pthread_mutex_lock(&engine.looking);
+	engine.round = 0;
+	error = threads_open(&engine.threads);
+	pthread_mutex_unlock(&engine.looking);
+	return error;
+}
+
+static void close_threads(void)
+{
+	pthread_mutex_lock(&engine.looking);
+	engine.round = 0;
+	threads_close(&engine.threads);
+	pthread_mutex_unlock(&engine.looking);
+}
+
 static void close_descriptors(void)
 {
+	close_threads();
 	close_owned(&engine.userfaultfd);
 	close_owned(&engine.maps);
 	bell_close(&engine.wake);
@@ -1227,6 +1417,7 @@ static void after_fork_in_child(void)
 
 	engine.lifecycle = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 	engine.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+	engine.looking = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 	if (!page)
 		return;
 	release_resources();
@@ -1267,6 +1458,9 @@ static int open_descriptors(void)
 	if (error)
 		return error;
 	own(&engine.maps, engine.mappings.fd);
+	error = open_threads();
+	if (error)
+		return error;
 	return bell_open(&engine.wake);
 }
 
@@ -1335,11 +1529,13 @@ static int start(void)
 	engine.regions = NULL;
 	engine.notifiers = NULL;
 	engine.coverage = NULL;
+	forget_drops();
 	TAILQ_INIT(&engine.idle);
 	engine.idle_count = 0;
 	engine.forgotten_start = 0;
 	engine.forgotten_end = 0;
 	engine.random = 2463534242;
+	atomic_store(&engine.thread_number, 0);
 	atomic_store(&engine.stopping, false);
 	atomic_store(&engine.ended, false);
 	atomic_store(&engine.dead, false);
@@ -1467,9 +1663,20 @@ int aioummu_doorbell(int number)
 	return result;
 }
 
+static uint32_t complete(uint32_t wanted)
+{
+	const uint32_t gone = UMMUNOTIFY_EVENT_CAUSE_UNMAP |
+			      UMMUNOTIFY_EVENT_CAUSE_MOVE;
+
+	if (!wanted)
+		return UMMUNOTIFY_REGION_CAUSE_MASK;
+	return wanted & gone ? wanted | gone : wanted;
+}
+
 /* Under the lock. */
 static int add_region(struct notifier *notifier, uint64_t start, uint64_t end,
-		      uint64_t cookie, struct aioummu_refusal *refusal)
+		      uint64_t cookie, uint32_t wanted, bool once,
+		      struct aioummu_refusal *refusal)
 {
 	struct region *region;
 	int error;
@@ -1495,6 +1702,8 @@ static int add_region(struct notifier *notifier, uint64_t start, uint64_t end,
 	region->cookie.start = cookie;
 	region->cookie.priority = random_priority();
 	region->notifier = notifier;
+	region->wanted = complete(wanted);
+	region->once = once;
 	ranges_insert(&engine.regions, &region->range);
 	ranges_insert(&notifier->cookies, &region->cookie);
 	notifier->regions++;
@@ -1502,16 +1711,19 @@ static int add_region(struct notifier *notifier, uint64_t start, uint64_t end,
 }
 
 int aioummu_register(int number, uint64_t start, uint64_t end, uint64_t cookie,
-		     struct aioummu_refusal *refusal)
+		     uint32_t wanted, bool once, struct aioummu_refusal *refusal)
 {
 	struct notifier *notifier;
 	int error;
 
 	if (start >= end)
 		return -EINVAL;
+	if (wanted & ~UMMUNOTIFY_REGION_CAUSE_MASK)
+		return -ERANGE;
 	notifier = enter_notifier(number, &error);
 	if (notifier) {
-		error = add_region(notifier, start, end, cookie, refusal);
+		error = add_region(notifier, start, end, cookie, wanted, once,
+				   refusal);
 		let_go();
 	}
 	return error;
@@ -1575,6 +1787,85 @@ int aioummu_rearm(int number, uint64_t cookie, struct aioummu_refusal *refusal)
 	return error;
 }
 
+/* Under the lock. */
+static const struct drop *drop_in(const struct region *region)
+{
+	if (!asks_for(region, CHANGE_DROPS_PAGES))
+		return NULL;
+	return find_drop(region->range.start, region->range.end);
+}
+
+static uint64_t state_of(const struct region *region)
+{
+	bool busy = region->spent || drop_in(region);
+
+	return 2 * region->changes + (busy ? UMMUNOTIFY_STATE_BUSY : 0);
+}
+
+/* New drops at once; old ones as often as can be afforded. */
+static bool is_look_due(const struct region *region)
+{
+	const struct drop *drop = region->spent ? NULL : drop_in(region);
+
+	return drop && (drop->number > atomic_load(&engine.looked) ||
+			now() >= atomic_load(&engine.next_look));
+}
+
+/*
+ * Returns the number of a drop that has ended, with all before it; 0: none.  The
+ * event of drop @newest must have been read.  Not under the lock: this takes some
+ * system calls for each thread.
+ */
+static uint64_t look_for_ends(uint64_t newest)
+{
+	uint64_t ended = 0, begun = now(), over;
+
+	/* Whoever is looking now sees what there is to be seen. */
+	if (pthread_mutex_trylock(&engine.looking))
+		return 0;
+	/* What an older round does not end, the next one may. */
+	while (ended < newest) {
+		if (!engine.round &&
+		    threads_list(&engine.threads,
+				 atomic_load(&engine.thread_number)))
+			engine.round = newest;
+		if (!engine.round || !threads_were_outside(&engine.threads))
+			break;
+		ended = engine.round;
+		engine.round = 0;
+	}
+	over = now();
+	atomic_store(&engine.looked, newest);
+	atomic_store(&engine.next_look, over + LOOK_REST * (over - begun));
+	pthread_mutex_unlock(&engine.looking);
+	return ended;
+}
+
+int aioummu_state(int number, uint64_t cookie, uint64_t *state)
+{
+	uint64_t newest = 0, ended;
+	struct region *region;
+	int error;
+
+	region = enter_region(number, cookie, &error);
+	if (!region)
+		return error;
+	*state = state_of(region);
+	if (is_look_due(region))
+		newest = engine.drop_number;
+	let_go();
+	ended = newest ? look_for_ends(newest) : 0;
+	if (!ended)
+		return 0;
+	region = enter_region(number, cookie, &error);
+	if (region) {
+		end_drops(ended);
+		*state = state_of(region);
+		let_go();
+	}
+	return error;
+}
+
 static void fill_report(struct ummunotify_event *event,
 			const struct region *region)
 {
@@ -1598,7 +1889,10 @@ static size_t take_reports(struct notifier *notifier,
 
 	while (count < room && (region = TAILQ_FIRST(&notifier->reports))) {
 		fill_report(&events[count++], region);
-		drop_report(region);
+		if (region->once)
+			remove_region(region);
+		else
+			drop_report(region);
 	}
 	if (count < room && notifier->last_due) {
 		events[count++] = (struct ummunotify_event) {

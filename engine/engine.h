@@ -13,6 +13,7 @@
 #ifndef AIOUMMU_ENGINE_H
 #define AIOUMMU_ENGINE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -69,9 +70,17 @@ int aioummu_open(int doorbell[2]);
  * -EFAULT if nothing is mapped there, -EBUSY if another userfaultfd owns it,
  * -EPERM or -EINVAL if the mapping is of a kind that the kernel does not watch,
  * -EAGAIN if it kept changing.  From -EFAULT on, @refusal says where.
+ *
+ * @wanted is a mask of UMMUNOTIFY_EVENT_CAUSE_ bits out of those of
+ * UMMUNOTIFY_REGION_CAUSE_MASK (-ERANGE if there are others): what else is done to
+ * the region is not reported, and does not raise the generation by itself.  MOVE and
+ * UNMAP mean each other; 0 means all.  Whatever it asks for, a region is spent once
+ * a part of it was unmapped or moved; who did not ask for that has to ask whether
+ * it is.  With @once, the read that takes its report unregisters it.
  */
 int aioummu_register(int notifier, uint64_t start, uint64_t end,
-		     uint64_t cookie, struct aioummu_refusal *refusal);
+		     uint64_t cookie, uint32_t wanted, bool once,
+		     struct aioummu_refusal *refusal);
 
 /* -ENOENT if the cookie names no region. */
 int aioummu_unregister(int notifier, uint64_t cookie);
@@ -82,6 +91,22 @@ int aioummu_spent(int notifier, uint64_t cookie);
 /* Watches what is mapped there now, if the region is spent.  As register. */
 int aioummu_rearm(int notifier, uint64_t cookie,
 		  struct aioummu_refusal *refusal);
+
+/*
+ * What has been done to a region: UMMUNOTIFY_STATE_BUSY, and above it a number that
+ * rises with every change that the region asks for, and when it becomes spent; it
+ * never falls, and begins with 0.  Includes every change whose call has returned.
+ * A state that is not busy, was taken before the memory was looked at, and is still
+ * the same, says that nothing of that was done in between.
+ *
+ * Busy: pages of the region are being dropped (MADV_DONTNEED and its like), or
+ * nobody knows whether that is over; or the region is spent, so that nobody watches.
+ * The former ends by itself, but is only noticed here, and moves no activity word:
+ * a busy region asks the kernel what the other threads do, as often as that takes
+ * no more than a tenth of the time.  It goes on for ever while a thread cannot be
+ * looked at, or is a worker of the kernel (io_uring).
+ */
+int aioummu_state(int notifier, uint64_t cookie, uint64_t *state);
 
 /*
  * Fills a buffer with struct ummunotify_event, as read() of the driver does.

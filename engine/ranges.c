@@ -115,6 +115,18 @@ struct range *ranges_overlapping(struct range *root, uint64_t start,
 	return NULL;
 }
 
+struct range *ranges_before(struct range *root, uint64_t start)
+{
+	struct range *found = NULL;
+
+	while (root) {
+		if (root->start < start)
+			found = root;
+		root = root->start < start ? root->right : root->left;
+	}
+	return found;
+}
+
 void ranges_visit(struct range *root, uint64_t start, uint64_t end,
 		  void (*visit)(struct range *range, void *context),
 		  void *context)

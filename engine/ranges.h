@@ -40,6 +40,9 @@ struct range *ranges_starting_at(struct range *root, uint64_t start);
 struct range *ranges_overlapping(struct range *root, uint64_t start,
 				 uint64_t end);
 
+/* The last range that starts before this, or NULL. */
+struct range *ranges_before(struct range *root, uint64_t start);
+
 /* Calls visit() for each range that overlaps; visit() must not change the tree. */
 void ranges_visit(struct range *root, uint64_t start, uint64_t end,
 		  void (*visit)(struct range *range, void *context),

@@ -96,7 +96,7 @@ static int watch(int number, const void *memory, size_t size, uint64_t cookie)
 {
 	uint64_t start = (uintptr_t)memory;
 
-	return aioummu_register(number, start, start + size, cookie, &refusal);
+	return aioummu_register(number, start, start + size, cookie, 0, false, &refusal);
 }
 
 static void must_watch(int number, const void *memory, size_t pages,
@@ -485,8 +485,8 @@ static void empty_and_inverted_ranges_are_refused(void)
 {
 	int number = open_notifier(NULL);
 
-	CHECK_EQUAL(aioummu_register(number, PAGE, PAGE, 1, &refusal), -EINVAL);
-	CHECK_EQUAL(aioummu_register(number, 2 * PAGE, PAGE, 1, &refusal), -EINVAL);
+	CHECK_EQUAL(aioummu_register(number, PAGE, PAGE, 1, 0, false, &refusal), -EINVAL);
+	CHECK_EQUAL(aioummu_register(number, 2 * PAGE, PAGE, 1, 0, false, &refusal), -EINVAL);
 	CHECK_EQUAL(aioummu_unregister(number, 1), -ENOENT);
 	aioummu_close(number);
 }
@@ -513,7 +513,7 @@ static void holes_are_refused_and_named(void)
 	must_refuse(number, hole, 1, -EFAULT, hole, hole + PAGE);
 	/* Beyond everything. */
 	CHECK_EQUAL(aioummu_register(number, UINT64_MAX - 5, UINT64_MAX, 1,
-				     &refusal), -EFAULT);
+				     0, false, &refusal), -EFAULT);
 	CHECK_EQUAL(refusal.start, UINT64_MAX - 5);
 	CHECK_EQUAL(refusal.end, UINT64_MAX);
 	must_watch(number, memory, 3, 1);
@@ -573,7 +573,7 @@ static void the_vdso_is_einval(void)
 	fclose(file);
 	if (!start)
 		skip("no vdso here");
-	CHECK_EQUAL(aioummu_register(number, start, start + 1, 1, &refusal), -EINVAL);
+	CHECK_EQUAL(aioummu_register(number, start, start + 1, 1, 0, false, &refusal), -EINVAL);
 	CHECK_EQUAL(refusal.start, start);
 	CHECK_EQUAL(refusal.end, end);
 	close_with_a_copy(number);
@@ -1519,7 +1519,7 @@ static void a_raw_child_is_told_that_it_is_a_copy(void)
 		    aioummu_fence() == -EOWNERDEAD &&
 		    aioummu_open(doorbell) == -EOWNERDEAD &&
 		    aioummu_read(number, records, 32) == -EOWNERDEAD &&
-		    aioummu_register(number, 0, 1, 1, &refusal) == -EOWNERDEAD &&
+		    aioummu_register(number, 0, 1, 1, 0, false, &refusal) == -EOWNERDEAD &&
 		    aioummu_unregister(number, 1) == -EOWNERDEAD &&
 		    !*aioummu_activity())
 			result = 42;

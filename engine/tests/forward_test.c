@@ -49,7 +49,7 @@ static void watch_pages(int number, char *memory, size_t pages)
 	for (size_t i = 0; i < pages; i++)
 		CHECK_EQUAL(aioummu_register(number, (uintptr_t)memory + i * PAGE,
 					     (uintptr_t)memory + (i + 1) * PAGE, i,
-					     &refusal), 0);
+					     0, false, &refusal), 0);
 }
 
 /* Returns the other end of the connection, or a negative errno. */

@@ -260,7 +260,7 @@ struct watch *watch_add(struct watcher *watcher, uint64_t origin, uint64_t unit,
 		return NULL;
 	}
 	*error = aioummu_register(watcher->number, start, end, watch->cookie,
-				  &refusal);
+				  0, false, &refusal);
 	if (!*error) {
 		watch->watched = watch->units;
 		return watch;

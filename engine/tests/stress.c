@@ -1158,16 +1158,16 @@ static void make_noise(int number)
 				 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
 	/* This function's own code, stack and heap, and data of the program. */
 	aioummu_register(number, address_of(make_noise),
-			 address_of(make_noise) + 100, 1, &refusal);
+			 address_of(make_noise) + 100, 1, 0, false, &refusal);
 	aioummu_register(number, address_of(&count), address_of(&count) + 1, 2,
-			 &refusal);
+			 0, false, &refusal);
 	aioummu_register(number, address_of(block), address_of(block) + 99 * PAGE,
-			 3, &refusal);
+			 3, 0, false, &refusal);
 	aioummu_register(number, address_of(workers), address_of(workers + 1), 4,
-			 &refusal);
+			 0, false, &refusal);
 	for (unsigned int i = 0; i < count; i++)
 		aioummu_register(number, memory + i * PAGE, memory + i * PAGE + 1,
-				 10 + i, &refusal);
+				 10 + i, 0, false, &refusal);
 	/* Holes, so that there are many mappings; others may move in there. */
 	hole = below(&noise, count);
 	munmap(pointer(memory + hole * PAGE), PAGE);
@@ -1416,7 +1416,7 @@ static void run_round(unsigned int seconds)
 	watcher_open(&giver_watcher);
 	watcher_open(&heir_watcher);
 	aioummu_register(shared[0].number, address_of(family_page),
-			 address_of(family_page) + PAGE, UINT64_MAX, &refusal);
+			 address_of(family_page) + PAGE, UINT64_MAX, 0, false, &refusal);
 	copy = copy_userfaultfd();
 	for (unsigned int i = 0; i < worker_count; i++) {
 		watcher_open(&workers[i].own);

@@ -698,7 +698,7 @@ static int watch(const struct memtrack *tracker, const struct region *region)
 
 	if (tracker->engine)
 		return aioummu_register(tracker->engine, range.start, range.end,
-					range.user_cookie, &refusal);
+					range.user_cookie, 0, false, &refusal);
 	if (!is_owned(&tracker->driver))
 		return -EBADF;
 	return ioctl(tracker->driver.fd, UMMUNOTIFY_REGISTER_REGION, &range) ? -errno : 0;
