@@ -36,6 +36,8 @@ SYSTEM := .cache/system.stamp
 INSTALLED := $(VENV)/installed.stamp
 PROMETHEUS := .cache/prometheus/usr/bin/promtool
 CHECKPATCH := .cache/checkpatch/checkpatch.pl
+# The module that holds up invalidations, for the selftests.
+HOLD := $(CURDIR)/.cache/hold
 
 
 help:
@@ -81,9 +83,9 @@ test-guest-%: $(INSTALLED)
 	@echo "== Linux $*: the driver's selftests"
 	$(MAKE) -C kmod/selftests
 	kdir=$$($(HARNESS) kdir $*) && \
-		$(MAKE) -C kmod/selftests hold KDIR="$$kdir" HOLD=$(CURDIR)/.cache/hold/$*
+		$(MAKE) -C kmod/selftests hold KDIR="$$kdir" HOLD=$(HOLD)/$*
 	$(HARNESS) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 \
-		--env UMMUNOTIFY_HOLD=$(CURDIR)/.cache/hold/$*/ummunotify_hold.ko -- \
+		--env UMMUNOTIFY_HOLD=$(HOLD)/$*/ummunotify_hold.ko -- \
 		kmod/selftests/run.sh
 	@echo "== Linux $*: the library, $(call marks,$*)"
 	$(HARNESS) pytest $* -- --device -m "$(call marks,$*)" \
@@ -95,13 +97,18 @@ test-daemon: $(INSTALLED)
 	$(HARNESS) pytest $(CHECK_KERNEL) --timeout 2400 -- --device -m "device or embedded" \
 		tests/test_memtrackd_c_client.py tests/test_memtrackd_clients.py
 
-# Do the selftests notice a broken driver?
+# Do the selftests notice a broken driver?  And what are its parameters good for?
 test-mutants: $(INSTALLED)
 	@echo "== broken drivers on Linux $(CHECK_KERNEL)"
 	$(MAKE) -C kmod/selftests
 	kdir=$$($(HARNESS) kdir $(CHECK_KERNEL)) && \
+		$(MAKE) -C kmod/selftests hold KDIR="$$kdir" HOLD=$(HOLD)/$(CHECK_KERNEL) && \
 		kmod/selftests/mutants.sh make $(CURDIR)/.cache/mutants "$$kdir"
-	$(HARNESS) run $(CHECK_KERNEL) -- kmod/selftests/mutants.sh run $(CURDIR)/.cache/mutants
+	$(HARNESS) run $(CHECK_KERNEL) --timeout 1800 \
+		--env UMMUNOTIFY_HOLD=$(HOLD)/$(CHECK_KERNEL)/ummunotify_hold.ko -- \
+		kmod/selftests/mutants.sh run $(CURDIR)/.cache/mutants
+	module=$$($(HARNESS) build $(CHECK_KERNEL) | tail -1) && \
+		$(HARNESS) run $(CHECK_KERNEL) -- kmod/selftests/parameters.sh "$$module"
 
 ifneq ($(filter-out 0,$(GUEST)),)
 # The guest has no terminal, but what it prints may come to one.

@@ -33,9 +33,37 @@
 /* Nothing is watched in the middle of the area, for misses between regions. */
 #define HOLE	(64UL << 20)
 
+/**
+ * struct feature - what is measured apart
+ * @name:	in what is printed
+ * @mask:	what is negotiated
+ * @flags:	of all registrations
+ * @slots:	they have state words
+ * @events:	records that a hit gives
+ */
+struct feature {
+	const char	*name;
+	__u32		mask;
+	__u32		flags;
+	int		slots;
+	size_t		events;
+};
+
+static const struct feature none = { .name = "watched", .events = 2 };
+
+static const struct feature features[] = {
+	{ "cause", UMMUNOTIFY_FEATURE_CAUSE, 0, 0, 2 },
+	/* MADV_DONTNEED is another one. */
+	{ "filtered", UMMUNOTIFY_FEATURE_FILTER, UMMUNOTIFY_EVENT_CAUSE_UNMAP,
+	  0, 0 },
+	{ "once", UMMUNOTIFY_FEATURE_ONCE, UMMUNOTIFY_REGION_FLAG_ONCE, 0, 2 },
+	{ "state", UMMUNOTIFY_FEATURE_STATE, 0, 1, 2 },
+};
+
 static uint64_t samples[SAMPLES];
 static char *area;
 static unsigned long nr_regions;
+static const struct feature *feature = &none;
 
 static void die(const char *what)
 {
@@ -118,6 +146,8 @@ static void register_region(int fd, unsigned long index)
 		.start = (uintptr_t)region_page(index),
 		.end = (uintptr_t)region_page(index) + PAGE,
 		.user_cookie = index + 1,
+		.flags = feature->flags,
+		.reserved = feature->slots ? (__u32)index + 1 : 0,
 	};
 
 	if (ioctl(fd, UMMUNOTIFY_REGISTER_REGION, &region))
@@ -173,17 +203,20 @@ static void measure_hit(const char *name, int fd)
 	int i;
 
 	for (i = 0; i < SAMPLES; i++) {
-		char *page = region_page(scattered(nr_regions));
+		unsigned long index = scattered(nr_regions);
+		char *page = region_page(index);
 		uint64_t start;
 
 		*page = 1;
 		start = now();
 		madvise(page, PAGE, MADV_DONTNEED);
 		samples[i] = now() - start;
-		if (fd >= 0 && drain(fd) != 2) {
+		if (fd >= 0 && drain(fd) != feature->events) {
 			fprintf(stderr, "driver_cost: not one report\n");
 			exit(1);
 		}
+		if (fd >= 0 && feature->flags & UMMUNOTIFY_REGION_FLAG_ONCE)
+			register_region(fd, index);
 	}
 	print_median(name);
 }
@@ -349,6 +382,40 @@ static void measure_watched(void)
 	print("close-total", timed_close(fd));
 }
 
+static void measure_feature(void)
+{
+	int fd = open_device("/dev/ummunotify");
+	__u32 mask = feature->mask;
+	char name[64];
+	unsigned long index;
+	int i;
+
+	if (ioctl(fd, UMMUNOTIFY_EXCHANGE_FEATURES, &mask) ||
+	    mask != feature->mask)
+		die("EXCHANGE_FEATURES");
+	/* Not where misses are to be measured. */
+	if (feature->slots &&
+	    mmap(area - (64UL << 20), 8UL << 20, PROT_READ, MAP_SHARED, fd,
+		 UMMUNOTIFY_STATE_OFFSET) == MAP_FAILED)
+		die("mmap of the states");
+	for (index = 0; index < nr_regions; index++)
+		register_region(fd, index);
+	measure_changes(feature->name, fd);
+
+	for (i = 0; i < SAMPLES; i++) {
+		uint64_t start;
+
+		index = scattered(nr_regions);
+		unregister_region(fd, index);
+		start = now();
+		register_region(fd, index);
+		samples[i] = now() - start;
+	}
+	snprintf(name, sizeof(name), "register-%s", feature->name);
+	print_median(name);
+	close(fd);
+}
+
 /* An address space that had a notifier once pays for the next one in advance. */
 static void in_a_process_of_its_own(void (*measure)(void))
 {
@@ -370,6 +437,7 @@ static void in_a_process_of_its_own(void (*measure)(void))
 
 int main(int argc, char **argv)
 {
+	size_t j;
 	int i;
 
 	for (i = 1; i < argc; i++) {
@@ -377,6 +445,11 @@ int main(int argc, char **argv)
 		in_a_process_of_its_own(measure_bare);
 		in_a_process_of_its_own(measure_empty);
 		in_a_process_of_its_own(measure_watched);
+		for (j = 0; j < sizeof(features) / sizeof(*features); j++) {
+			feature = &features[j];
+			in_a_process_of_its_own(measure_feature);
+		}
+		feature = &none;
 	}
 	return 0;
 }

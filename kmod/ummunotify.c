@@ -934,33 +934,37 @@ ummunotify_invalidate(struct ummunotify_ctx *ctx,
 		      enum ummunotify_phase phase,
 		      struct ummunotify_tracker *tracker)
 {
-	struct ummunotify_walk walk = {
-		.ctx		= ctx,
-		.tracker	= tracker,
-		.phase		= phase,
-		.start		= range->start,
-		.last		= range->end - 1,
-		.may_sleep	= mmu_notifier_range_blockable(range),
-	};
+	u32 causes = 0;
+	u16 reasons;
 
 	if (ummunotify_is_hidden(range))
 		return;
 	if (tracker || READ_ONCE(ctx->features) & (UMMUNOTIFY_FEATURE_CAUSE |
 						   UMMUNOTIFY_FEATURE_FILTER))
-		walk.causes = ummunotify_causes(range);
-	walk.reasons = REASONS(walk.causes & UMMUNOTIFY_REGION_CAUSE_MASK);
-	if (!walk.reasons)
-		walk.reasons = REASONS_ALL;
+		causes = ummunotify_causes(range);
+	reasons = REASONS(causes & UMMUNOTIFY_REGION_CAUSE_MASK);
+	if (!reasons)
+		reasons = REASONS_ALL;
 
 	/* What is under way is tracked in any case. */
 	if (!tracker) {
-		if (!(walk.reasons & READ_ONCE(ctx->reasons)))
-			return;
 		if (phase == UMMUNOTIFY_PHASE_END &&
-		    ummunotify_settled(ctx, walk.start, walk.last, walk.causes))
+		    ummunotify_settled(ctx, range->start, range->end - 1,
+				       causes))
+			return;
+		if (!(reasons & READ_ONCE(ctx->reasons)))
 			return;
 	}
-	ummunotify_walk(&walk);
+	ummunotify_walk(&(struct ummunotify_walk) {
+		.ctx		= ctx,
+		.tracker	= tracker,
+		.phase		= phase,
+		.start		= range->start,
+		.last		= range->end - 1,
+		.causes		= causes,
+		.reasons	= reasons,
+		.may_sleep	= mmu_notifier_range_blockable(range),
+	});
 }
 
 /* Before the first page goes away, the counter rises and reports are queued. */
@@ -1390,13 +1394,47 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 	return n;
 }
 
+/* A few stores: less than a string copy takes to start. */
+static bool ummunotify_store_batch(const struct ummunotify_ctx *ctx,
+				   struct ummunotify_event __user *to, size_t n)
+{
+	const struct ummunotify_event *event = ctx->batch;
+	const struct ummunotify_event *end = event + n;
+
+	if (!user_write_access_begin(to, n * sizeof(*to)))
+		return false;
+	for (; event < end; event++, to++) {
+		unsafe_put_user(event->type, &to->type, efault);
+		unsafe_put_user(event->flags, &to->flags, efault);
+		unsafe_put_user(event->hint_start, &to->hint_start, efault);
+		unsafe_put_user(event->hint_end, &to->hint_end, efault);
+		unsafe_put_user(event->user_cookie_counter,
+				&to->user_cookie_counter, efault);
+	}
+	user_write_access_end();
+	return true;
+
+efault:
+	user_write_access_end();
+	return false;
+}
+
 /* All of it or nothing: half a record is of no use. */
 static bool ummunotify_put_batch(const struct ummunotify_ctx *ctx,
 				 struct iov_iter *to, size_t n)
 {
 	size_t size = n * sizeof(*ctx->batch);
-	size_t copied = copy_to_iter(ctx->batch, size, to);
+	void __user *buffer = ummunotify_iter_buffer(to, size);
+	size_t copied;
 
+	if (buffer) {
+		if (!ummunotify_store_batch(ctx, buffer, n))
+			return false;
+		iov_iter_advance(to, size);
+		return true;
+	}
+
+	copied = copy_to_iter(ctx->batch, size, to);
 	if (copied == size)
 		return true;
 	iov_iter_revert(to, copied);
@@ -1425,7 +1463,8 @@ static ssize_t ummunotify_deliver(struct ummunotify_ctx *ctx,
 		}
 		counted = ummunotify_commit(ctx, n);
 		/* What does not count is written over. */
-		iov_iter_revert(to, (n - counted) * sizeof(*ctx->batch));
+		if (unlikely(counted < n))
+			iov_iter_revert(to, (n - counted) * sizeof(*ctx->batch));
 		n = counted;
 		delivered += n;
 		if (n && ctx->batch[n - 1].type == UMMUNOTIFY_EVENT_TYPE_LAST)

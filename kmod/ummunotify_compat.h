@@ -13,6 +13,7 @@
 #include <linux/mmu_notifier.h>
 #include <linux/module.h>
 #include <linux/sizes.h>
+#include <linux/uio.h>
 #include <linux/version.h>
 
 #include <uapi/linux/ummunotify.h>
@@ -72,6 +73,27 @@ static inline u32 ummunotify_cause_of(enum mmu_notifier_event event)
 	default:
 		return 0;
 	}
+}
+
+/*
+ * Where the next bytes go, if they go into one buffer of user space, else NULL.
+ * What a plain read() has is an iovec, later a kind of its own.
+ */
+static inline void __user *ummunotify_iter_buffer(const struct iov_iter *to,
+						  size_t size)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 0, 0)
+	if (iter_is_ubuf(to))
+		return iov_iter_count(to) >= size ? to->ubuf + to->iov_offset :
+						    NULL;
+#else
+	if (iter_is_iovec(to)) {
+		struct iovec part = iov_iter_iovec(to);
+
+		return part.iov_len >= size ? part.iov_base : NULL;
+	}
+#endif
+	return NULL;
 }
 
 #if LINUX_VERSION_CODE < KERNEL_VERSION(6, 3, 0)

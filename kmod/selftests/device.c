@@ -276,7 +276,8 @@ void wait_until_in_syscall(pid_t tid, long number)
 {
 	char path[64], text[128];
 
-	snprintf(path, sizeof(path), "/proc/self/task/%d/syscall", tid);
+	/* Also of another process. */
+	snprintf(path, sizeof(path), "/proc/%d/syscall", tid);
 	for (;;) {
 		int fd = open(path, O_RDONLY);
 		ssize_t length;

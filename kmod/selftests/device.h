@@ -106,7 +106,7 @@ int make_shared_file(size_t pages);
 pthread_t start_thread(void *(*run)(void *arg), void *arg);
 void join_thread(pthread_t thread);
 
-/* Wait until a thread of this process sleeps in a system call. */
+/* Wait until a thread sleeps in a system call. */
 void wait_until_in_syscall(pid_t tid, long number);
 
 /* Another process.  Its socket leads here. */

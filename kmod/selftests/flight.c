@@ -54,8 +54,18 @@ void begin_flight(struct flight *flight, char *start, size_t pages)
 	CHECK_EQ(ioctl(hold, HOLD_WAIT, flight->number), 0);
 }
 
-void end_flight(struct flight *flight)
+void release_flight(const struct flight *flight)
 {
 	CHECK_EQ(ioctl(hold, HOLD_RELEASE, flight->number), 0);
+}
+
+void wait_for_flight(struct flight *flight)
+{
 	wait_for(&flight->over);
+}
+
+void end_flight(struct flight *flight)
+{
+	release_flight(flight);
+	wait_for_flight(flight);
 }

@@ -35,7 +35,13 @@ void prepare_flights(struct flight *flights, int number);
 /* Drop pages.  Returns when that has begun. */
 void begin_flight(struct flight *flight, char *start, size_t pages);
 
+/* By another process, if need be. */
+void release_flight(const struct flight *flight);
+
 /* Returns when it is over. */
+void wait_for_flight(struct flight *flight);
+
+/* Both. */
 void end_flight(struct flight *flight);
 
 #endif /* FLIGHT_H */

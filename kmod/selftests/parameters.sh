@@ -15,7 +15,10 @@ echo "1..2"
 for value in Y N; do
 	number=$((number + 1))
 	insmod "$1" report_foreign=$value || exit 1
-	if ./foreign_test; then
+	output=$(./foreign_test)
+	status=$?
+	echo "$output" | sed 's/^/# /'
+	if [ $status -eq 0 ]; then
 		echo "ok $number report_foreign=$value"
 	else
 		echo "not ok $number report_foreign=$value"

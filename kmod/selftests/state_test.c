@@ -104,6 +104,8 @@ static void what_is_filtered_out_does_not_change_the_state(const void *unused)
 	u64 before;
 
 	watch(&device, page, 1, 1, UNMAP, 1);
+	/* Somebody asks for all of it. */
+	watch(&device, page, 1, 2, 0, 0);
 	before = idle(states, 1);
 	zap(page, 1);
 	CHECK_EQ(mprotect(page, page_size(), PROT_READ), 0);
@@ -267,31 +269,106 @@ static void *negotiate(void *arg)
 	return NULL;
 }
 
-/* Or nothing would be known of it. */
+static void release_when_it_waits(int socket, void *arg)
+{
+	/* So that its sender has sent one before, and needs no page for that. */
+	receive_word(socket);
+	wait_until_in_syscall(receive_word(socket), SYS_ioctl);
+	release_flight(arg);
+}
+
+/*
+ * Or nothing would be known of it.  While the negotiation waits, and others for it,
+ * this process might wait for its own memory: another one ends the change.
+ */
 static void states_begin_when_nothing_is_under_way(const void *unused)
 {
-	struct negotiation negotiation = { .tid = 0 };
+	struct negotiation negotiation = { .go = false };
 	char *page = map_pages(1);
 	struct flight flight;
 	const void *states;
 	pthread_t thread;
+	struct peer peer;
 	pid_t tid;
 
 	prepare_flights(&flight, 1);
 	negotiation.device = open_device_plain(O_NONBLOCK);
 	thread = start_thread(negotiate, &negotiation);
+	peer = start_peer(release_when_it_waits, &flight);
+	send_word(peer.socket, 0);
 	begin_flight(&flight, page, 1);
 	set_flag(&negotiation.go);
 	while (!(tid = __atomic_load_n(&negotiation.tid, __ATOMIC_ACQUIRE)))
-		sched_yield();
-	wait_until_in_syscall(tid, SYS_ioctl);
-	end_flight(&flight);
+		continue;
+	send_word(peer.socket, tid);
+	wait_for_flight(&flight);
 	join_thread(thread);
+	join_peer(&peer);
 	states = map_states(&negotiation.device, 1);
 	watch(&negotiation.device, page, 1, 1, 0, 1);
 	idle(states, 1);
 	zap(page, 1);
 	idle(states, 1);
+}
+
+/*
+ * A change of many regions, which lets others in between: regions that are
+ * registered meanwhile are counted once, and settle.
+ */
+
+struct crowded {
+	char		*page;
+	unsigned int	wanted;
+	unsigned int	done;
+};
+
+static void *zap_when_told(void *arg)
+{
+	struct crowded *crowded = arg;
+	unsigned int done = 0;
+
+	for (;;) {
+		while (__atomic_load_n(&crowded->wanted, __ATOMIC_ACQUIRE) == done)
+			continue;
+		zap(crowded->page, 1);
+		__atomic_store_n(&crowded->done, ++done, __ATOMIC_RELEASE);
+	}
+	return NULL;
+}
+
+static void newcomers_in_the_middle_of_a_change_settle(const void *unused)
+{
+	enum { ROUNDS = 200, CROWD = 4000, NEWCOMERS = 400 };
+	static struct crowded crowded;
+	struct device device = open_device_with(ALL, O_NONBLOCK);
+	const void *states = map_states(&device, 2);
+	unsigned int in_the_middle = 0;
+
+	crowded.page = map_pages(1);
+	for (u64 i = 0; i < CROWD; i++)
+		watch(&device, crowded.page, 1, NEWCOMERS + 1 + i, 0, 0);
+	start_thread(zap_when_told, &crowded);
+	for (unsigned int round = 1; round <= ROUNDS; round++) {
+		unsigned int busy = 0;
+
+		__atomic_store_n(&crowded.wanted, round, __ATOMIC_RELEASE);
+		/* They are in front of the walk as long as it has not begun. */
+		for (u32 i = 1; i <= NEWCOMERS; i++) {
+			watch(&device, crowded.page, 1,
+			      (i % 2) ? i : CROWD + NEWCOMERS + i, 0, i);
+			busy += state(states, i) & BUSY;
+		}
+		while (__atomic_load_n(&crowded.done, __ATOMIC_ACQUIRE) != round)
+			sched_yield();
+		in_the_middle += busy;
+		for (u32 i = 1; i <= NEWCOMERS; i++) {
+			idle(states, i);
+			unregister_region(&device, (i % 2) ? i :
+					  CROWD + NEWCOMERS + i);
+		}
+	}
+	note("%u were registered in the middle", in_the_middle);
+	CHECK(in_the_middle);
 }
 
 static void a_free_slot_is_busy(const void *unused)
@@ -555,6 +632,7 @@ static const struct test tests[] = {
 	TEST(overlapping_changes_are_over_with_the_last_of_them),
 	TEST(a_crowd_of_changes_never_looks_idle),
 	TEST(states_begin_when_nothing_is_under_way),
+	TEST(newcomers_in_the_middle_of_a_change_settle),
 	TEST(a_free_slot_is_busy),
 	TEST(a_slot_has_one_region),
 	TEST(states_are_for_those_who_asked),

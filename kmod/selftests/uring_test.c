@@ -119,6 +119,7 @@ static void a_read_by_io_uring_waits_without_a_thread(const void *unused)
 		CHECK_EQ(count_threads(), threads);
 		zap(page, 1);
 		CHECK_EQ(wait_for_result(&ring, events), 2 * sizeof(events[0]));
+		CHECK_EQ(count_threads(), threads);
 		check_inval(&events[0], 1, page, page_size(), HINT);
 		check_last(&events[1], round);
 	}
