@@ -10,6 +10,7 @@
 #include "engine.c"
 
 #include <inttypes.h>
+#include <linux/io_uring.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
@@ -96,7 +97,8 @@ static int watch(int number, const void *memory, size_t size, uint64_t cookie)
 {
 	uint64_t start = (uintptr_t)memory;
 
-	return aioummu_register(number, start, start + size, cookie, 0, false, &refusal);
+	return aioummu_register(number, start, start + size, cookie, 0, false,
+				&refusal);
 }
 
 static void must_watch(int number, const void *memory, size_t pages,
@@ -485,8 +487,10 @@ static void empty_and_inverted_ranges_are_refused(void)
 {
 	int number = open_notifier(NULL);
 
-	CHECK_EQUAL(aioummu_register(number, PAGE, PAGE, 1, 0, false, &refusal), -EINVAL);
-	CHECK_EQUAL(aioummu_register(number, 2 * PAGE, PAGE, 1, 0, false, &refusal), -EINVAL);
+	CHECK_EQUAL(aioummu_register(number, PAGE, PAGE, 1, 0, false, &refusal),
+		    -EINVAL);
+	CHECK_EQUAL(aioummu_register(number, 2 * PAGE, PAGE, 1, 0, false, &refusal),
+		    -EINVAL);
 	CHECK_EQUAL(aioummu_unregister(number, 1), -ENOENT);
 	aioummu_close(number);
 }
@@ -573,7 +577,8 @@ static void the_vdso_is_einval(void)
 	fclose(file);
 	if (!start)
 		skip("no vdso here");
-	CHECK_EQUAL(aioummu_register(number, start, start + 1, 1, 0, false, &refusal), -EINVAL);
+	CHECK_EQUAL(aioummu_register(number, start, start + 1, 1, 0, false, &refusal),
+		    -EINVAL);
 	CHECK_EQUAL(refusal.start, start);
 	CHECK_EQUAL(refusal.end, end);
 	close_with_a_copy(number);
@@ -1519,7 +1524,8 @@ static void a_raw_child_is_told_that_it_is_a_copy(void)
 		    aioummu_fence() == -EOWNERDEAD &&
 		    aioummu_open(doorbell) == -EOWNERDEAD &&
 		    aioummu_read(number, records, 32) == -EOWNERDEAD &&
-		    aioummu_register(number, 0, 1, 1, 0, false, &refusal) == -EOWNERDEAD &&
+		    aioummu_register(number, 0, 1, 1, 0, false,
+				     &refusal) == -EOWNERDEAD &&
 		    aioummu_unregister(number, 1) == -EOWNERDEAD &&
 		    !*aioummu_activity())
 			result = 42;
@@ -1632,6 +1638,707 @@ static void a_limit_of_no_descriptors_hangs_nobody(void)
 	CHECK(!setrlimit(RLIMIT_NOFILE, &limit));
 }
 
+/* -------------------------------------------------- filters and one-shot regions --- */
+
+#define UNMAP	UMMUNOTIFY_EVENT_CAUSE_UNMAP
+#define MOVE	UMMUNOTIFY_EVENT_CAUSE_MOVE
+#define CLEAR	UMMUNOTIFY_EVENT_CAUSE_CLEAR
+#define BUSY	UMMUNOTIFY_STATE_BUSY
+
+static int watch_for(int number, const void *memory, size_t pages,
+		     uint64_t cookie, uint32_t wanted)
+{
+	uint64_t start = (uintptr_t)memory;
+
+	return aioummu_register(number, start, start + pages * PAGE, cookie, wanted,
+				false, &refusal);
+}
+
+static void watch_once(int number, const void *memory, size_t pages,
+		       uint64_t cookie)
+{
+	uint64_t start = (uintptr_t)memory;
+
+	CHECK_EQUAL(aioummu_register(number, start, start + pages * PAGE, cookie, 0,
+				     true, &refusal), 0);
+}
+
+static uint64_t state(int number, uint64_t cookie)
+{
+	uint64_t value = 0;
+
+	CHECK_EQUAL(aioummu_state(number, cookie, &value), 0);
+	return value;
+}
+
+/* Other threads, be they a sanitizer's, may be looked at in a bad moment. */
+static uint64_t calm_state(int number, uint64_t cookie)
+{
+	uint64_t value;
+
+	while ((value = state(number, cookie)) & BUSY)
+		sched_yield();
+	return value;
+}
+
+static void drop(char *memory, size_t pages)
+{
+	CHECK(!madvise(memory, pages * PAGE, MADV_DONTNEED));
+}
+
+static void what_was_not_asked_for_is_not_reported(void)
+{
+	int doorbell, number = open_notifier(&doorbell);
+	char *memory = map(4);
+
+	CHECK_EQUAL(watch_for(number, memory, 4, 1, UNMAP), 0);
+	drop(memory, 4);
+	CHECK_EQUAL(generation(number), 0);
+	CHECK(!rings(doorbell));
+	must_be_silent(number);
+	CHECK_EQUAL(state(number, 1), 0);
+	munmap(memory, PAGE);
+	CHECK_EQUAL(generation(number), 1);
+	must_report(number, 1, memory, 1, HINT);
+	CHECK_EQUAL(records[0].flags, HINT | UNMAP);
+	must_end(number, 1);
+	aioummu_close(number);
+}
+
+static void what_asks_for_nothing_special_is_told_everything(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map(4);
+
+	CHECK_EQUAL(watch_for(number, memory, 4, 1, 0), 0);
+	CHECK_EQUAL(watch_for(number, memory, 4, 2, UMMUNOTIFY_REGION_CAUSE_MASK), 0);
+	drop(memory, 1);
+	must_report(number, 1, memory, 1, HINT);
+	must_report(number, 2, memory, 1, HINT);
+	munmap(memory, PAGE);
+	must_report(number, 1, memory, 1, HINT);
+	must_report(number, 2, memory, 1, HINT);
+	must_end(number, 2);
+	aioummu_close(number);
+}
+
+/* The driver cannot tell the one from the other. */
+static void who_asks_for_moves_is_told_of_unmapping_and_the_reverse(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map_alone(4), *target = map_alone(4), *other = map(4);
+
+	CHECK_EQUAL(watch_for(number, memory, 4, 1, UNMAP), 0);
+	CHECK_EQUAL(watch_for(number, other, 4, 2, MOVE), 0);
+	munmap(other, PAGE);
+	must_report(number, 2, other, 1, HINT);
+	must_end(number, 1);
+	CHECK(mremap(memory, 4 * PAGE, 4 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
+		     target) == target);
+	CHECK_EQUAL(read_records(number, 1), 1);
+	CHECK_EQUAL(records[0].user_cookie_counter, 1);
+	CHECK(records[0].flags & MOVE);
+	close_with_a_copy(number);
+}
+
+static void a_filter_hides_a_change_from_its_own_region_only(void)
+{
+	int number = open_notifier(NULL), other = open_notifier(NULL);
+	char *memory = map(2);
+
+	CHECK_EQUAL(watch_for(number, memory, 2, 1, UNMAP), 0);
+	CHECK_EQUAL(watch_for(number, memory, 2, 2, CLEAR), 0);
+	CHECK_EQUAL(watch_for(other, memory, 2, 1, UNMAP), 0);
+	drop(memory, 1);
+	CHECK_EQUAL(generation(number), 1);
+	CHECK_EQUAL(generation(other), 0);
+	must_report(number, 2, memory, 1, HINT);
+	must_end(number, 1);
+	/* What it did not ask for does not blur its report either. */
+	munmap(memory, PAGE);
+	drop(memory + PAGE, 1);
+	must_report(number, 1, memory, 1, HINT);
+	CHECK_EQUAL(records[0].flags, HINT | UNMAP);
+	must_report(number, 2, memory + PAGE, 1, HINT);
+	CHECK_EQUAL(records[0].flags, HINT | CLEAR);
+	aioummu_close(number);
+	aioummu_close(other);
+}
+
+static void causes_that_nobody_can_ask_for_are_refused(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map(1);
+
+	CHECK_EQUAL(watch_for(number, memory, 1, 1,
+			      CLEAR | UMMUNOTIFY_EVENT_CAUSE_FOREIGN), -ERANGE);
+	CHECK_EQUAL(watch_for(number, memory, 1, 1, HINT), -ERANGE);
+	CHECK_EQUAL(aioummu_unregister(number, 1), -ENOENT);
+	aioummu_close(number);
+}
+
+static void an_unmapping_that_nobody_asked_for_spends_the_region(void)
+{
+	int doorbell, number = open_notifier(&doorbell);
+	char *memory = map(4);
+
+	CHECK_EQUAL(watch_for(number, memory, 4, 1, CLEAR), 0);
+	munmap(memory, PAGE);
+	CHECK_EQUAL(aioummu_spent(number, 1), 1);
+	CHECK_EQUAL(generation(number), 0);
+	CHECK(!rings(doorbell));
+	must_be_silent(number);
+	/* What is mapped there now is not watched, which the state has to say. */
+	CHECK_EQUAL(state(number, 1), 2 | BUSY);
+	map_at(memory, 1);
+	CHECK_EQUAL(aioummu_rearm(number, 1, &refusal), 0);
+	CHECK_EQUAL(state(number, 1), 2);
+	drop(memory, 1);
+	must_report(number, 1, memory, 1, HINT);
+	must_end(number, 1);
+	aioummu_close(number);
+}
+
+static void a_region_for_once_ends_with_its_report(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map_alone(4);
+
+	watch_once(number, memory, 4, 1);
+	must_be_silent(number);
+	/* Until then it coalesces. */
+	drop(memory, 1);
+	drop(memory + 2 * PAGE, 1);
+	CHECK_EQUAL(aioummu_spent(number, 1), 0);
+	must_report(number, 1, memory, 4, 0);
+	CHECK_EQUAL(aioummu_unregister(number, 1), -ENOENT);
+	must_end(number, 2);
+	drop(memory, 1);
+	must_be_silent(number);
+	CHECK_EQUAL(generation(number), 2);
+	/* The cookie is free. */
+	must_watch(number, memory, 4, 1);
+	drop(memory, 1);
+	must_report(number, 1, memory, 1, HINT);
+	must_end(number, 3);
+	CHECK_EQUAL(aioummu_unregister(number, 1), 0);
+	close_with_a_copy(number);
+}
+
+static void what_was_not_read_is_still_registered(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map(4);
+
+	for (uint64_t i = 0; i < 4; i++)
+		watch_once(number, memory + i * PAGE, 1, i);
+	drop(memory, 3);
+	CHECK_EQUAL(read_records(number, 2), 2);
+	CHECK_EQUAL(aioummu_spent(number, 0), -ENOENT);
+	CHECK_EQUAL(aioummu_spent(number, 1), -ENOENT);
+	CHECK_EQUAL(aioummu_spent(number, 2), 0);
+	CHECK_EQUAL(aioummu_spent(number, 3), 0);
+	/* Unregistering drops the report, for once or not. */
+	CHECK_EQUAL(aioummu_unregister(number, 2), 0);
+	must_end(number, 1);
+	drop(memory + 3 * PAGE, 1);
+	must_report(number, 3, memory + 3 * PAGE, 1, HINT);
+	must_end(number, 2);
+	CHECK_EQUAL(find_notifier(number)->regions, 0);
+	aioummu_close(number);
+}
+
+/* ---------------------------------------------------------------------- states --- */
+
+static void a_state_counts_what_is_done_to_its_region(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map(4);
+
+	must_watch(number, memory, 2, 1);
+	must_watch(number, memory + 2 * PAGE, 2, 2);
+	CHECK_EQUAL(state(number, 1), 0);
+	drop(memory, 1);
+	CHECK_EQUAL(calm_state(number, 1), 2);
+	drop(memory + PAGE, 2);
+	CHECK_EQUAL(calm_state(number, 1), 4);
+	CHECK_EQUAL(calm_state(number, 2), 2);
+	/* Reading and arming take nothing back. */
+	CHECK_EQUAL(read_records(number, RECORDS), 3);
+	CHECK_EQUAL(aioummu_rearm(number, 1, &refusal), 0);
+	CHECK_EQUAL(calm_state(number, 1), 4);
+	CHECK_EQUAL(aioummu_state(number, 3, &(uint64_t){ 0 }), -ENOENT);
+	CHECK_EQUAL(aioummu_state(number + 1, 1, &(uint64_t){ 0 }), -EBADF);
+	aioummu_close(number);
+}
+
+static void a_spent_region_is_busy_until_it_is_rearmed(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map(4);
+
+	must_watch(number, memory, 4, 1);
+	munmap(memory, PAGE);
+	CHECK_EQUAL(state(number, 1), 2 | BUSY);
+	CHECK_EQUAL(aioummu_rearm(number, 1, &refusal), -EFAULT);
+	CHECK_EQUAL(state(number, 1), 2 | BUSY);
+	map_at(memory, 1);
+	CHECK_EQUAL(state(number, 1), 2 | BUSY);
+	CHECK_EQUAL(aioummu_rearm(number, 1, &refusal), 0);
+	/* Not what it was before: nobody knows what was there meanwhile. */
+	CHECK_EQUAL(state(number, 1), 2);
+	aioummu_close(number);
+}
+
+static void a_drop_of_the_callers_own_is_over_at_once(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map(4);
+
+	if (SANITIZED)
+		skip("there may be another thread");
+	must_watch(number, memory, 4, 1);
+	for (uint64_t i = 1; i <= 100; i++) {
+		drop(memory, 4);
+		CHECK_EQUAL(state(number, 1), 2 * i);
+		CHECK(!engine.drops);
+	}
+	aioummu_close(number);
+}
+
+static void *spin(void *stop)
+{
+	while (!atomic_load((atomic_bool *)stop))
+		;
+	return NULL;
+}
+
+static void a_thread_that_never_sleeps_does_not_keep_it_busy(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map(1);
+	atomic_bool stop = false;
+	pthread_t thread;
+
+#if !defined(__x86_64__) && !defined(__i386__) && !defined(__aarch64__)
+	skip("how long a thread was in user mode is not known exactly here");
+#endif
+	thread = start_helper(spin, &stop);
+	must_watch(number, memory, 1, 1);
+	for (uint64_t i = 1; i <= 3; i++) {
+		drop(memory, 1);
+		CHECK_EQUAL(calm_state(number, 1), 2 * i);
+	}
+	atomic_store(&stop, true);
+	pthread_join(thread, NULL);
+	aioummu_close(number);
+}
+
+/**
+ * struct stuck - a thread that has told of a drop, and cannot go on with it
+ * @number:	a notifier; region 0 has the memory
+ * @memory:	of a file, two pages
+ * @file:	that file, which a writer holds
+ * @faults:	a userfaultfd, for which the writer waits
+ * @page:	where it waits
+ * @writer:	its thread
+ * @dropper:	the thread that drops the memory
+ * @returned:	that has returned
+ */
+struct stuck {
+	int		number;
+	char		*memory;
+	int		file;
+	int		faults;
+	char		*page;
+	pthread_t	writer;
+	pthread_t	dropper;
+	atomic_bool	returned;
+};
+
+static void *write_what_is_not_there(void *argument)
+{
+	struct stuck *stuck = argument;
+
+	CHECK_EQUAL(write(stuck->file, stuck->page, 1), 1);
+	return NULL;
+}
+
+static void *punch(void *argument)
+{
+	struct stuck *stuck = argument;
+
+	CHECK(!madvise(stuck->memory, 2 * PAGE, MADV_REMOVE));
+	atomic_store(&stuck->returned, true);
+	return NULL;
+}
+
+/* The write() holds the file's lock, which the drop of its pages wants then. */
+static void hold_file(struct stuck *stuck)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register argument = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	struct pollfd polled = { .events = POLLIN };
+
+	stuck->faults = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (stuck->faults < 0)
+		skip("faults in the kernel cannot be held here");
+	CHECK(!ioctl(stuck->faults, UFFDIO_API, &api));
+	stuck->page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	argument.range.start = (uintptr_t)stuck->page;
+	argument.range.len = PAGE;
+	CHECK(!ioctl(stuck->faults, UFFDIO_REGISTER, &argument));
+	stuck->writer = start_helper(write_what_is_not_there, stuck);
+	polled.fd = stuck->faults;
+	CHECK_EQUAL(poll(&polled, 1, -1), 1);
+}
+
+static void get_stuck(struct stuck *stuck, void *(*run)(void *))
+{
+	stuck->number = open_notifier(NULL);
+	stuck->file = memfd_create("stuck", MFD_CLOEXEC);
+	CHECK(!ftruncate(stuck->file, 2 * PAGE));
+	stuck->memory = map_alone(2);
+	CHECK(mmap(stuck->memory, 2 * PAGE, PROT_READ | PROT_WRITE,
+		   MAP_SHARED | MAP_FIXED, stuck->file, 0) == stuck->memory);
+	memset(stuck->memory, 1, 2 * PAGE);
+	must_watch(stuck->number, stuck->memory, 2, 0);
+	atomic_store(&stuck->returned, false);
+	hold_file(stuck);
+	stuck->dropper = start_helper(run, stuck);
+	while (!generation(stuck->number))
+		sched_yield();
+	must_report(stuck->number, 0, stuck->memory, 2, HINT);
+	must_end(stuck->number, 1);
+}
+
+static void get_loose(struct stuck *stuck)
+{
+	struct uffdio_zeropage nothing = {
+		.range = { (uintptr_t)stuck->page, PAGE },
+	};
+
+	CHECK(!atomic_load(&stuck->returned));
+	CHECK(!ioctl(stuck->faults, UFFDIO_ZEROPAGE, &nothing));
+	pthread_join(stuck->writer, NULL);
+	pthread_join(stuck->dropper, NULL);
+	close(stuck->faults);
+	close(stuck->file);
+}
+
+/* For long enough that everybody else is looked at more than once. */
+static void must_stay_busy(int number, uint64_t cookie)
+{
+	struct timespec delay = { .tv_nsec = 1000000 };
+
+	for (unsigned int i = 0; i < 50; i++) {
+		CHECK(state(number, cookie) & BUSY);
+		nanosleep(&delay, NULL);
+	}
+}
+
+static void a_region_registered_in_a_drop_is_busy_until_that_is_over(void)
+{
+	struct stuck stuck;
+
+	get_stuck(&stuck, punch);
+	must_watch(stuck.number, stuck.memory + PAGE, 1, 1);
+	CHECK_EQUAL(watch_for(stuck.number, stuck.memory, 2, 2, UNMAP), 0);
+	must_stay_busy(stuck.number, 1);
+	/* No page of which goes. */
+	CHECK_EQUAL(state(stuck.number, 2), 0);
+	CHECK_EQUAL(stuck.memory[PAGE], 1);
+	get_loose(&stuck);
+	CHECK_EQUAL(calm_state(stuck.number, 1), 0);
+	CHECK_EQUAL(stuck.memory[PAGE], 0);
+	CHECK_EQUAL(generation(stuck.number), 1);
+	close_with_a_copy(stuck.number);
+}
+
+static void rearming_in_a_drop_does_not_end_it(void)
+{
+	struct stuck stuck;
+
+	get_stuck(&stuck, punch);
+	must_stay_busy(stuck.number, 0);
+	CHECK_EQUAL(aioummu_rearm(stuck.number, 0, &refusal), 0);
+	must_stay_busy(stuck.number, 0);
+	get_loose(&stuck);
+	CHECK_EQUAL(calm_state(stuck.number, 0), 2);
+	close_with_a_copy(stuck.number);
+}
+
+/* Who drops pages drops those that are at these addresses when he comes to it. */
+static void what_is_mapped_anew_in_a_drop_is_busy(void)
+{
+	struct stuck stuck;
+
+	get_stuck(&stuck, punch);
+	munmap(stuck.memory, 2 * PAGE);
+	map_at(stuck.memory, 2);
+	must_watch(stuck.number, stuck.memory, 1, 1);
+	must_stay_busy(stuck.number, 1);
+	get_loose(&stuck);
+	CHECK_EQUAL(calm_state(stuck.number, 1), 0);
+	close_with_a_copy(stuck.number);
+}
+
+/* The hole is made in the file, wherever that is mapped then. */
+static void what_is_moved_in_a_drop_is_busy_where_it_is(void)
+{
+	char *target = map_alone(2);
+	struct stuck stuck;
+
+	get_stuck(&stuck, punch);
+	CHECK(mremap(stuck.memory, 2 * PAGE, 2 * PAGE,
+		     MREMAP_MAYMOVE | MREMAP_FIXED, target) == target);
+	must_watch(stuck.number, target, 2, 1);
+	must_stay_busy(stuck.number, 1);
+	CHECK_EQUAL(target[0], 1);
+	get_loose(&stuck);
+	CHECK_EQUAL(target[0], 0);
+	CHECK_EQUAL(calm_state(stuck.number, 1), 0);
+	close_with_a_copy(stuck.number);
+}
+
+static void a_drop_that_is_over_leaves_one_under_way_alone(void)
+{
+	struct stuck stuck;
+	char *memory = map(1);
+
+	get_stuck(&stuck, punch);
+	must_watch(stuck.number, memory, 1, 1);
+	for (unsigned int i = 0; i < 5; i++) {
+		drop(memory, 1);
+		state(stuck.number, 1);
+		must_stay_busy(stuck.number, 0);
+	}
+	get_loose(&stuck);
+	CHECK_EQUAL(calm_state(stuck.number, 0), 2);
+	CHECK_EQUAL(calm_state(stuck.number, 1), 10);
+	close_with_a_copy(stuck.number);
+}
+
+static void *punch_in_a_child(void *argument)
+{
+	struct stuck *stuck = argument;
+	pid_t child = vfork();
+
+	if (!child) {
+		syscall(SYS_madvise, stuck->memory, 2 * PAGE, MADV_REMOVE);
+		_exit(0);
+	}
+	atomic_store(&stuck->returned, true);
+	CHECK(waitpid(child, NULL, 0) == child);
+	return NULL;
+}
+
+static void a_child_of_vfork_is_thought_of(void)
+{
+	struct stuck stuck;
+
+	if (SANITIZED)
+		skip("a sanitizer's vfork() may be another");
+	get_stuck(&stuck, punch_in_a_child);
+	must_watch(stuck.number, stuck.memory, 1, 1);
+	must_stay_busy(stuck.number, 1);
+	get_loose(&stuck);
+	CHECK_EQUAL(calm_state(stuck.number, 1), 0);
+	close_with_a_copy(stuck.number);
+}
+
+/* Submits IORING_OP_MADVISE, and waits for its end. */
+static void *punch_by_io_uring(void *argument)
+{
+	struct stuck *stuck = argument;
+	struct io_uring_params setup = { 0 };
+	struct io_uring_sqe *entries;
+	unsigned int *tail, *array;
+	int ring = (int)syscall(SYS_io_uring_setup, 1, &setup);
+	char *submissions;
+
+	CHECK(ring >= 0);
+	submissions = mmap(NULL, setup.sq_off.array + sizeof(*array),
+			   PROT_READ | PROT_WRITE, MAP_SHARED, ring,
+			   IORING_OFF_SQ_RING);
+	entries = mmap(NULL, sizeof(*entries), PROT_READ | PROT_WRITE, MAP_SHARED,
+		       ring, IORING_OFF_SQES);
+	CHECK(submissions != MAP_FAILED && entries != MAP_FAILED);
+	*entries = (struct io_uring_sqe) {
+		.opcode = IORING_OP_MADVISE,
+		.addr = (uintptr_t)stuck->memory,
+		.len = 2 * PAGE,
+		.fadvise_advice = MADV_REMOVE,
+	};
+	array = (unsigned int *)(submissions + setup.sq_off.array);
+	tail = (unsigned int *)(submissions + setup.sq_off.tail);
+	*array = 0;
+	__atomic_store_n(tail, *tail + 1, __ATOMIC_RELEASE);
+	CHECK_EQUAL(syscall(SYS_io_uring_enter, ring, 1, 0, 0, NULL, 0), 1);
+	/* It sleeps elsewhere: a worker of the kernel does it. */
+	while (!atomic_load(&stuck->returned))
+		usleep(1000);
+	CHECK_EQUAL(syscall(SYS_io_uring_enter, ring, 0, 1, IORING_ENTER_GETEVENTS,
+			    NULL, 0), 0);
+	close(ring);
+	return NULL;
+}
+
+static void a_drop_by_io_uring_is_not_taken_to_be_over(void)
+{
+	struct io_uring_params setup = { 0 };
+	int ring = (int)syscall(SYS_io_uring_setup, 1, &setup);
+	struct uffdio_zeropage nothing = { .range.len = PAGE };
+	struct stuck stuck;
+
+	if (ring < 0)
+		skip("no io_uring here");
+	close(ring);
+	get_stuck(&stuck, punch_by_io_uring);
+	must_watch(stuck.number, stuck.memory, 1, 1);
+	must_stay_busy(stuck.number, 1);
+	nothing.range.start = (uintptr_t)stuck.page;
+	CHECK_EQUAL(stuck.memory[0], 1);
+	CHECK(!ioctl(stuck.faults, UFFDIO_ZEROPAGE, &nothing));
+	atomic_store(&stuck.returned, true);
+	pthread_join(stuck.writer, NULL);
+	pthread_join(stuck.dropper, NULL);
+	CHECK_EQUAL(stuck.memory[0], 0);
+	close(stuck.faults);
+	close(stuck.file);
+	close_with_a_copy(stuck.number);
+}
+
+static void *do_nothing(void *unused)
+{
+	return unused;
+}
+
+static void *come_and_go(void *stop)
+{
+	while (!atomic_load((atomic_bool *)stop)) {
+		pthread_t threads[8];
+
+		for (int i = 0; i < 8; i++)
+			threads[i] = start_helper(do_nothing, NULL);
+		for (int i = 0; i < 8; i++)
+			pthread_join(threads[i], NULL);
+	}
+	return NULL;
+}
+
+/* The kernel leaves threads out of a list while others end. */
+static void threads_that_come_and_go_hide_nobody(void)
+{
+	atomic_bool stop = false;
+	struct stuck stuck;
+	pthread_t threads[2];
+
+	for (int i = 0; i < 2; i++)
+		threads[i] = start_helper(come_and_go, &stop);
+	get_stuck(&stuck, punch);
+	for (unsigned int i = 0; i < 20; i++)
+		must_stay_busy(stuck.number, 0);
+	atomic_store(&stop, true);
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	get_loose(&stuck);
+	CHECK_EQUAL(calm_state(stuck.number, 0), 2);
+	close_with_a_copy(stuck.number);
+}
+
+static void who_cannot_be_looked_at_is_not_taken_to_be_outside(void)
+{
+	int number = open_notifier(NULL), nothing = open("/dev/null", O_RDONLY);
+	char *memory = map(1);
+
+	must_watch(number, memory, 1, 1);
+	CHECK(nothing >= 0);
+	/* As somebody who closes all descriptors, and opens others. */
+	CHECK(dup2(nothing, engine.threads.directory.fd) >= 0);
+	drop(memory, 1);
+	must_stay_busy(number, 1);
+	aioummu_close(number);
+	/* It was not closed either, being somebody else's now. */
+	number = open_notifier(NULL);
+	must_watch(number, memory, 1, 1);
+	CHECK_EQUAL(state(number, 1), 0);
+	aioummu_close(number);
+}
+
+static void after_an_overrun_drops_may_be_under_way_anywhere(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map(PAGES_TO_OVERRUN), *elsewhere = map(1);
+
+	must_watch(number, memory, PAGES_TO_OVERRUN, 1);
+	CHECK_EQUAL(watch_for(number, elsewhere, 1, 2, UNMAP), 0);
+	unmap_behind_the_lock(memory, PAGES_TO_OVERRUN);
+	CHECK(atomic_load(&engine.overrun));
+	/* Whatever it asked for. */
+	CHECK_EQUAL(aioummu_spent(number, 2), 1);
+	CHECK(read_records(number, RECORDS) == 3);
+	must_watch(number, elsewhere, 1, 3);
+	pthread_mutex_lock(&engine.lock);
+	CHECK(find_drop((uintptr_t)elsewhere, (uintptr_t)elsewhere + 1));
+	CHECK(find_drop(0, 1));
+	let_go();
+	CHECK_EQUAL(calm_state(number, 3), 0);
+	aioummu_close(number);
+}
+
+static bool is_in_a_drop(uint64_t start, uint64_t end)
+{
+	struct drop *drop = find_drop(start, end);
+
+	return drop && drop->range.start <= start && drop->range.end >= end;
+}
+
+static void drops_beyond_the_limit_make_the_nearest_wider(void)
+{
+	static uint64_t starts[1000], ends[1000];
+	int number = open_notifier(NULL);
+	uint64_t random = seed(), last = 0;
+	struct drop *drop;
+	size_t count = 0;
+
+	pthread_mutex_lock(&engine.lock);
+	for (size_t i = 0; i < 1000; i++) {
+		starts[i] = next_random(&random) % 1000000;
+		ends[i] = starts[i] + 1 + next_random(&random) % 100;
+		remember_drop(starts[i], ends[i]);
+		for (size_t j = 0; j <= i; j++)
+			CHECK(is_in_a_drop(starts[j], ends[j]));
+	}
+	while ((drop = find_drop(last, UINT64_MAX))) {
+		last = drop->range.end;
+		count++;
+	}
+	CHECK(count && count <= AIOUMMU_DROPS);
+	end_drops(engine.drop_number - 1);
+	drop = find_drop(0, UINT64_MAX);
+	CHECK(drop && drop->number == engine.drop_number);
+	end_drops(engine.drop_number);
+	CHECK(!engine.drops);
+	/* From full on: the nearest, and no other. */
+	for (uint64_t i = 0; i < AIOUMMU_DROPS; i++)
+		remember_drop(1000 * i, 1000 * i + 100);
+	remember_drop(1950, 1960);
+	CHECK(is_in_a_drop(1950, 2100));
+	CHECK(!find_drop(1100, 1950));
+	remember_drop(3110, 3120);
+	CHECK(is_in_a_drop(3000, 3120));
+	CHECK(!find_drop(3120, 4000));
+	remember_drop(1000 * AIOUMMU_DROPS, 1000 * AIOUMMU_DROPS + 1);
+	CHECK(is_in_a_drop(1000 * AIOUMMU_DROPS - 1000, 1000 * AIOUMMU_DROPS + 1));
+	CHECK(!find_drop(2100, 3000));
+	end_drops(engine.drop_number);
+	CHECK(!engine.drops);
+	let_go();
+	aioummu_close(number);
+}
+
 /* ------------------------------------------------------ documented, and shown --- */
 
 #define WINDOW_PAGES	512
@@ -1664,6 +2371,7 @@ static bool register_in_the_window(int number, int doorbell)
 	char *memory = map(WINDOW_PAGES), *last = memory + (WINDOW_PAGES - 1) * PAGE;
 	int other = open_notifier(NULL);
 	bool was_there, is_there, told;
+	uint64_t before;
 	pthread_t thread;
 
 	must_watch(number, memory, WINDOW_PAGES, 1);
@@ -1674,10 +2382,13 @@ static bool register_in_the_window(int number, int doorbell)
 		sched_yield();
 	/* The pages are said to go, and have not gone yet. */
 	CHECK_EQUAL(watch(other, last, PAGE, 1), 0);
+	before = state(other, 1);
 	was_there = *(volatile char *)last;
 	pthread_join(thread, NULL);
 	is_there = *(volatile char *)last;
 	told = generation(other);
+	/* No report, but who asks for the state knows. */
+	CHECK(!was_there || before & BUSY || state(other, 1) != before);
 	must_report(number, 1, memory, WINDOW_PAGES, HINT);
 	CHECK_EQUAL(read_records(number, 1), 1);
 	CHECK_EQUAL(aioummu_unregister(number, 1), 0);
@@ -1692,6 +2403,7 @@ static bool register_in_the_window(int number, int doorbell)
  * MADV_DONTNEED and its like are reported before the pages go, and not a second
  * time.  Who registers in between is never told.  That is what the kernel does;
  * it is documented, so this fails if it is not so any more.
+ * Its state says it.
  */
 static void a_registration_in_the_middle_of_a_madvise_may_be_stale(void)
 {
@@ -1764,6 +2476,29 @@ static const struct test tests[] = {
 	TEST(a_forked_child_has_no_watch_and_can_make_one),
 	TEST(descriptors_closed_behind_its_back_hang_nobody),
 	TEST(a_limit_of_no_descriptors_hangs_nobody),
+	TEST(what_was_not_asked_for_is_not_reported),
+	TEST(what_asks_for_nothing_special_is_told_everything),
+	TEST(who_asks_for_moves_is_told_of_unmapping_and_the_reverse),
+	TEST(a_filter_hides_a_change_from_its_own_region_only),
+	TEST(causes_that_nobody_can_ask_for_are_refused),
+	TEST(an_unmapping_that_nobody_asked_for_spends_the_region),
+	TEST(a_region_for_once_ends_with_its_report),
+	TEST(what_was_not_read_is_still_registered),
+	TEST(a_state_counts_what_is_done_to_its_region),
+	TEST(a_spent_region_is_busy_until_it_is_rearmed),
+	TEST(a_drop_of_the_callers_own_is_over_at_once),
+	TEST(a_thread_that_never_sleeps_does_not_keep_it_busy),
+	TEST(a_region_registered_in_a_drop_is_busy_until_that_is_over),
+	TEST(rearming_in_a_drop_does_not_end_it),
+	TEST(what_is_mapped_anew_in_a_drop_is_busy),
+	TEST(what_is_moved_in_a_drop_is_busy_where_it_is),
+	TEST(a_drop_that_is_over_leaves_one_under_way_alone),
+	TEST(a_child_of_vfork_is_thought_of),
+	TEST(a_drop_by_io_uring_is_not_taken_to_be_over),
+	TEST(threads_that_come_and_go_hide_nobody),
+	TEST(who_cannot_be_looked_at_is_not_taken_to_be_outside),
+	TEST(after_an_overrun_drops_may_be_under_way_anywhere),
+	TEST(drops_beyond_the_limit_make_the_nearest_wider),
 	TEST(a_registration_in_the_middle_of_a_madvise_may_be_stale),
 };
 

@@ -166,6 +166,28 @@ static void flushing_without_room_loses_nothing(void)
 	aioummu_flush(number);
 }
 
+static void a_region_for_once_ends_when_its_report_is_sent(void)
+{
+	int number = open_notifier(), reader = forward(number);
+	struct ummunotify_event events[RECORDS];
+	struct aioummu_refusal refusal;
+	bool reported[1] = { false };
+	char *memory = map(1);
+
+	CHECK_EQUAL(aioummu_register(number, (uintptr_t)memory,
+				     (uintptr_t)memory + PAGE, 0, 0, true,
+				     &refusal), 0);
+	drop(memory, 0);
+	CHECK_EQUAL(receive_until(reader, 1, reported), 1);
+	CHECK(reported[0]);
+	CHECK_EQUAL(aioummu_unregister(number, 0), -ENOENT);
+	drop(memory, 0);
+	CHECK_EQUAL(aioummu_flush(number), 0);
+	CHECK_EQUAL(recv(reader, events, sizeof(events), MSG_DONTWAIT), -1);
+	aioummu_close(number);
+	close(reader);
+}
+
 static void who_is_gone_holds_up_nobody(void)
 {
 	int number = open_notifier();
@@ -309,6 +331,7 @@ static void forwarding_and_closing_while_others_change_and_fork(void)
 static const struct test tests[] = {
 	TEST(who_does_not_read_holds_up_nobody),
 	TEST(flushing_without_room_loses_nothing),
+	TEST(a_region_for_once_ends_when_its_report_is_sent),
 	TEST(who_is_gone_holds_up_nobody),
 	TEST(there_is_one_reader_at_a_time),
 	TEST(other_sockets_are_refused),

@@ -202,6 +202,16 @@ static uint64_t generation_of(struct watcher *watcher)
 	return generation;
 }
 
+uint64_t state_of(struct watch *watch)
+{
+	uint64_t state = 0;
+	int error = aioummu_state(watch->watcher->number, watch->cookie, &state);
+
+	if (error)
+		complain(&tally.wrong, "aioummu_state: %s", strerror(-error));
+	return state;
+}
+
 bool watcher_changed(struct watcher *watcher)
 {
 	uint64_t word = __atomic_load_n(aioummu_activity(), __ATOMIC_ACQUIRE);
@@ -293,6 +303,7 @@ void expect(struct expectation *expectation, struct watch *watch,
 	expectation->needed = units & watch->watched;
 	expectation->covered = 0;
 	expectation->generation = 0;
+	expectation->region_state = state_of(watch);
 	pthread_mutex_lock(&watcher->mutex);
 	atomic_store(&expectation->state, UNDER_WAY);
 	TAILQ_INSERT_TAIL(&watcher->expected, expectation, link);
@@ -343,12 +354,29 @@ bool check_stale(struct expectation *expectation, const char *who)
 	return true;
 }
 
+/* Whatever was reported meanwhile: this is about the region alone. */
+static void check_state(struct expectation *expectation)
+{
+	struct watch *watch = expectation->watch;
+	uint64_t state = state_of(watch);
+
+	if (state < (expectation->region_state & ~UMMUNOTIFY_STATE_BUSY))
+		complain(&tally.wrong, "a state has fallen");
+	if (!expectation->needed || state != expectation->region_state ||
+	    state & UMMUNOTIFY_STATE_BUSY)
+		return;
+	complain(&tally.stale, "stale: units %" PRIx64 " of region %" PRIx64 "-%" PRIx64
+		 " changed, and its state is %" PRIu64 " as before",
+		 expectation->needed, watch->start, watch->end, state);
+}
+
 void returned(struct expectation *expectation)
 {
 	struct watcher *watcher = expectation->watch->watcher;
 	uint64_t generation;
 
 	check_stale(expectation, "the thread that made the change");
+	check_state(expectation);
 	generation = generation_of(watcher);
 	if (expectation->needed)
 		atomic_fetch_add(&tally.changes, 1);

@@ -6,7 +6,8 @@
  * that the call has returned (returned()).  From then on a notifier that claims
  * that nothing has changed is *stale*, unless it has reported this very change;
  * and if it has not by the time of the LAST record whose generation includes the
- * change, it has *missed* it.
+ * change, it has *missed* it.  So is a region whose state was not busy before the
+ * change, and is the same afterwards.
  */
 #ifndef ORACLE_H
 #define ORACLE_H
@@ -59,6 +60,7 @@ enum expectation_state {
  * @needed:	units that change
  * @covered:	units that reports since then cover
  * @generation:	that of the notifier once the change had returned
+ * @region_state:	that of the region before the change
  * @state:	how far it is
  * @link:	in watcher.expected
  */
@@ -67,6 +69,7 @@ struct expectation {
 	uint64_t				needed;
 	uint64_t				covered;
 	uint64_t				generation;
+	uint64_t				region_state;
 	_Atomic(enum expectation_state)		state;
 	TAILQ_ENTRY(expectation)		link;
 };
@@ -130,6 +133,9 @@ size_t watcher_read(struct watcher *watcher, size_t room);
 
 /* Reads until nothing is left. */
 void watcher_drain(struct watcher *watcher);
+
+/* What the engine says of a region. */
+uint64_t state_of(struct watch *watch);
 
 /* "Has anything changed?", as the library asks it. */
 bool watcher_changed(struct watcher *watcher);

@@ -139,6 +139,18 @@ static bool starts_at(const struct range *range, uint64_t start, uint64_t end)
 	return range->start == start;
 }
 
+/* The last in the tree's order that starts before this. */
+static struct range *last_before(uint64_t start)
+{
+	struct range *last = NULL;
+
+	for (size_t i = 0; i < MODEL_SIZE; i++)
+		if (present[i] && nodes[i].start < start &&
+		    (!last || is_before(last, &nodes[i])))
+			last = &nodes[i];
+	return last;
+}
+
 static void look_up(void)
 {
 	uint64_t start, end;
@@ -147,6 +159,7 @@ static void look_up(void)
 	CHECK(ranges_starting_at(root, start) == first_of(starts_at, start, end));
 	CHECK(ranges_overlapping(root, start, end) ==
 	      first_of(overlaps, start, end));
+	CHECK(ranges_before(root, start) == last_before(start));
 }
 
 struct visits {

@@ -10,8 +10,8 @@
  * Exit status 1: something was missed, stale or wrong; 2: it could not go on, or
  * hung.  The seed makes the same choices, not the same schedule.
  *
- * Not checked here: a registration made between the report that a madvise() gives
- * and its return.  It may be stale, and nothing will ever say so.
+ * A registration made between the report that a madvise() gives and its return is
+ * never told; that its state is busy then, or changes, is checked.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -31,6 +31,8 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+#include <linux/ummunotify.h>
 
 #include "engine.h"
 #include "oracle.h"
@@ -141,15 +143,16 @@ static unsigned int worker_count = 4;
 /* Seconds after which a thread that does not get on is taken to hang. */
 static unsigned int patience;
 static struct watcher shared[SHARED_WATCHERS];
-static struct actor consumer, giver, heir, noise, forker, director;
+static struct actor consumer, giver, heir, dropper, looker, noise, forker, director;
 static struct actor *const helpers[] = {
-	&consumer, &giver, &heir, &noise, &forker, &director,
+	&consumer, &giver, &heir, &dropper, &looker, &noise, &forker, &director,
 };
 
 #define HELPERS		(sizeof(helpers) / sizeof(helpers[0]))
 
 static atomic_bool round_over, consumers_over, noise_over;
 static _Atomic uint64_t forks, unfenced, fence_timeouts, gave_up, fenced, moves;
+static _Atomic uint64_t looks, looks_when_busy;
 static void *family_page;
 static int pagemap = -1;
 static bool files;
@@ -1111,6 +1114,104 @@ static void *give_up(void *argument)
 	return NULL;
 }
 
+/* ------------------------------------------------- pages of which a drop goes on --- */
+
+#define DROPPED_PAGES	256
+
+/**
+ * struct drops - memory that one thread fills and drops, over and over
+ * @memory:	first byte
+ * @last:	the last page's first word: the number of the next drop, or 0
+ * @returned:	number of the last drop whose call has returned
+ */
+static struct {
+	uint64_t		memory;
+	_Atomic uint64_t	*last;
+	_Atomic uint64_t	returned;
+} drops;
+
+static struct watcher looker_watcher;
+
+static void map_what_is_dropped(void)
+{
+	void *memory = mmap(NULL, DROPPED_PAGES * PAGE, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (memory == MAP_FAILED)
+		_exit(2);
+	drops.memory = address_of(memory);
+	drops.last = pointer(drops.memory + (DROPPED_PAGES - 1) * PAGE);
+}
+
+static void *drop_pages(void *unused)
+{
+	uint64_t number = atomic_load(&drops.returned);
+
+	(void)unused;
+	while (!atomic_load(&round_over)) {
+		step(&dropper, "dropping pages");
+		for (uint64_t i = 0; i + 1 < DROPPED_PAGES; i++)
+			*(volatile char *)pointer(drops.memory + i * PAGE) = 1;
+		atomic_store(drops.last, ++number);
+		/* Long enough for the drop before to be known to be over. */
+		pause_for(one_in(&dropper, 4) ? 20000 : 100);
+		madvise(pointer(drops.memory), DROPPED_PAGES * PAGE, MADV_DONTNEED);
+		atomic_store(&drops.returned, number);
+	}
+	atomic_store(&dropper.active, false);
+	return NULL;
+}
+
+/* Who has seen the page between two equal states must have it still. */
+static void look_at_the_page(struct watch *watch)
+{
+	uint64_t state = state_of(watch), number = atomic_load(drops.last);
+
+	if (state & UMMUNOTIFY_STATE_BUSY)
+		atomic_fetch_add(&looks_when_busy, 1);
+	if (state & UMMUNOTIFY_STATE_BUSY || !number)
+		return;
+	atomic_fetch_add(&looks, 1);
+	while (atomic_load(&drops.returned) < number)
+		sched_yield();
+	if (state_of(watch) == state)
+		complain(&tally.stale, "stale: pages have gone, and their state is %"
+			 PRIu64 " as before", state);
+}
+
+static void *look_at_pages(void *unused)
+{
+	uint64_t page = address_of(drops.last);
+
+	(void)unused;
+	while (atomic_load(&dropper.active)) {
+		struct aioummu_refusal refusal;
+		struct watch *watch;
+		int error;
+
+		step(&looker, "looking at pages that are dropped");
+		watch = watch_add(&looker_watcher, page, PAGE, page, page + PAGE,
+				  &error);
+		if (!watch) {
+			is_allowed(error);
+			continue;
+		}
+		for (unsigned int i = below(&looker, 4); i; i--) {
+			look_at_the_page(watch);
+			aioummu_rearm(looker_watcher.number, watch->cookie, &refusal);
+		}
+		look_at_the_page(watch);
+		watch_remove(watch);
+		if (one_in(&looker, 10)) {
+			watcher_drain(&looker_watcher);
+			pause_for(1000);
+		}
+	}
+	watcher_drain(&looker_watcher);
+	atomic_store(&looker.active, false);
+	return NULL;
+}
+
 /* ---------------------------------------------------------------- the others --- */
 
 /* Reads the shared notifiers; more slowly at times, so that reports coalesce. */
@@ -1402,7 +1503,7 @@ static bool has_failed(void)
 static void run_round(unsigned int seconds)
 {
 	pthread_t consumer_thread, giver_thread, heir_thread, noise_thread;
-	pthread_t forker_thread;
+	pthread_t dropper_thread, looker_thread, forker_thread;
 	struct aioummu_refusal refusal;
 	char left[200];
 	int copy;
@@ -1415,8 +1516,10 @@ static void run_round(unsigned int seconds)
 		watcher_open(&shared[i]);
 	watcher_open(&giver_watcher);
 	watcher_open(&heir_watcher);
+	watcher_open(&looker_watcher);
 	aioummu_register(shared[0].number, address_of(family_page),
-			 address_of(family_page) + PAGE, UINT64_MAX, 0, false, &refusal);
+			 address_of(family_page) + PAGE, UINT64_MAX, 0, false,
+			 &refusal);
 	copy = copy_userfaultfd();
 	for (unsigned int i = 0; i < worker_count; i++) {
 		watcher_open(&workers[i].own);
@@ -1425,6 +1528,8 @@ static void run_round(unsigned int seconds)
 	consumer_thread = start(&consumer, consume, NULL);
 	giver_thread = start(&giver, give_up, NULL);
 	heir_thread = start(&heir, inherit, NULL);
+	dropper_thread = start(&dropper, drop_pages, NULL);
+	looker_thread = start(&looker, look_at_pages, NULL);
 	noise_thread = start(&noise, be_noisy, NULL);
 	forker_thread = start(&forker, make_children, NULL);
 
@@ -1439,6 +1544,8 @@ static void run_round(unsigned int seconds)
 		pthread_join(workers[i].thread, NULL);
 	pthread_join(giver_thread, NULL);
 	pthread_join(heir_thread, NULL);
+	pthread_join(dropper_thread, NULL);
+	pthread_join(looker_thread, NULL);
 	atomic_store(&consumers_over, true);
 	pthread_join(consumer_thread, NULL);
 	check_watchers();
@@ -1450,6 +1557,7 @@ static void run_round(unsigned int seconds)
 		watcher_close(&workers[i].own);
 	watcher_close(&giver_watcher);
 	watcher_close(&heir_watcher);
+	watcher_close(&looker_watcher);
 	atomic_store(&noise_over, true);
 	pthread_join(noise_thread, NULL);
 	step(&director, "looking for what is still registered");
@@ -1482,6 +1590,7 @@ static void prepare(uint64_t value)
 	files = support.files;
 	family_page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
 			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	map_what_is_dropped();
 	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	/* Small enough that free() gives memory back, brk and mappings both. */
 	mallopt(M_MMAP_THRESHOLD, 128 << 10);
@@ -1495,6 +1604,8 @@ static void prepare(uint64_t value)
 	seed(&noise, "the noise", value + 1004);
 	seed(&forker, "the forker", value + 1005);
 	seed(&director, "the director", value + 1006);
+	seed(&dropper, "the dropper", value + 1007);
+	seed(&looker, "the looker", value + 1008);
 	sigaction(SIGUSR1, &action, NULL);
 	sigfillset(&signals);
 	sigdelset(&signals, SIGALRM);
@@ -1536,6 +1647,7 @@ int main(int count, char **arguments)
 		run_round(now);
 		left -= now;
 	}
+	say("# looks=%" PRIu64 " when_busy=%" PRIu64, looks, looks_when_busy);
 	say("# moves=%" PRIu64 " fenced=%" PRIu64 " fence_timeouts=%" PRIu64
 	    " gave_up=%" PRIu64 " wrong=%" PRIu64, moves, fenced, fence_timeouts,
 	    gave_up, tally.wrong);
