@@ -33,6 +33,7 @@ from aioummu._errors import (
     UnwatchableRangeError,
 )
 from aioummu._forks import track
+from aioummu._records import Feature, wanted_causes
 from aioummu._regions import checked_cookie, checked_range
 from aioummu._ummunotify_abi import lib as abi
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
     from aioummu._device import Page
+    from aioummu._records import Cause
 
     class _Refusal(Protocol):
         start: int
@@ -87,6 +89,11 @@ class EmbeddedDevice:
         return "embedded"
 
     @property
+    def features(self) -> Feature:
+        """All of them; ``docs/backends.md`` says what each means here."""
+        return Feature.CAUSE | Feature.FILTER | Feature.STATE | Feature.ONCE
+
+    @property
     def closed(self) -> bool:
         """Whether the device was closed."""
         return not self._number
@@ -128,11 +135,24 @@ class EmbeddedDevice:
             raise self._gone()
         return self._doorbell[0]
 
-    def register(self, start: int, end: int, cookie: int) -> None:
+    def register(
+        self,
+        start: int,
+        end: int,
+        cookie: int,
+        *,
+        causes: Cause | None = None,
+        once: bool = False,
+    ) -> None:
         """Watch what is mapped from *start* up to but without *end*.
 
         Reports carry the *cookie*.
 
+        :param causes: what to report; None: everything. Who asks for UNMAP or MOVE
+            gets both. Once a part of it was unmapped or moved, the region is spent,
+            whatever it asks for
+        :param once: the read that takes its report unregisters it
+        :raises InvalidCauseError: if *causes* are none, or have FOREIGN in them
         :raises InvalidRangeError: unless 0 <= start < end < 2**64, or if the
             cookie does not fit 64 bits
         :raises DuplicateCookieError: if the cookie names a region already
@@ -146,9 +166,12 @@ class EmbeddedDevice:
         """
         start, end = checked_range(start, end)
         cookie = checked_cookie(cookie)
+        wanted = wanted_causes(causes)
         refusal = ffi.new("struct aioummu_refusal *")
         self._check(
-            lib.aioummu_register(self._number, start, end, cookie, 0, False, refusal),
+            lib.aioummu_register(
+                self._number, start, end, cookie, wanted, once, refusal
+            ),
             cookie,
             refusal,
         )
@@ -188,6 +211,42 @@ class EmbeddedDevice:
         cookie = checked_cookie(cookie)
         refusal = ffi.new("struct aioummu_refusal *")
         self._check(lib.aioummu_rearm(self._number, cookie, refusal), cookie, refusal)
+
+    def state(self, cookie: int) -> int:
+        """Return what was done to the region, as a number.
+
+        It rises by 2 with every change that the region asks for, and when it is
+        spent; :meth:`rearm` takes nothing back. An even number, taken before the
+        memory is looked at and still the same later, proves that nothing that the
+        region asks for was done to it in between. Includes every change whose call
+        has returned.
+
+        It is odd as long as pages of the region may be on their way (MADV_DONTNEED
+        and its like are reported before they go), and while the region is spent.
+        The former ends by itself, but it takes a call of this method to notice that:
+        :attr:`page` does not say so.
+
+        No system call, unless another thread is changing mappings at this moment, or
+        the region is odd: then some for each thread of the process, in at most a
+        tenth of the time.
+
+        :raises UnknownCookieError: if the cookie names no region
+        :raises ClosedError: if the device is closed
+        :raises ForkedError: in a forked child
+        """
+        cookie = checked_cookie(cookie)
+        state = ffi.new("uint64_t *")
+        self._check(lib.aioummu_state(self._number, cookie, state), cookie)
+        value: int = state[0]
+        return value
+
+    def watch_word(self, cookie: int) -> tuple[Page, int]:  # noqa: ARG002
+        """Return :attr:`page` and 0, the same for all regions.
+
+        While ``page[0]`` is what it was before :meth:`state` returned an even
+        number, so is the state.
+        """
+        return self._page, 0
 
     def fence(self) -> bool:
         """Wait until every unmapping and move that is under way was counted.

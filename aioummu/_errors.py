@@ -8,6 +8,7 @@
     |   +-- DevicePermissionError (PermissionError)
     |   +-- ForeignDeviceError
     |   +-- UnsupportedKernelError
+    |   +-- UnsupportedFeatureError
     |   +-- NoBackendError
     |   +-- TooManyRegionsError
     |   +-- UnwatchableRangeError
@@ -19,6 +20,7 @@
     +-- SubinterpreterError (RuntimeError)
     +-- InvalidBufferError (BufferError)
     +-- InvalidRangeError (ValueError)
+    +-- InvalidCauseError (ValueError)
     +-- DuplicateCookieError (ValueError)
     +-- UnknownCookieError (KeyError)
 
@@ -50,6 +52,10 @@ class ForeignDeviceError(DeviceError):
 
 class UnsupportedKernelError(DeviceError):
     """The kernel is too old or lacks what the embedded backend is made of."""
+
+
+class UnsupportedFeatureError(DeviceError):
+    """The device cannot do what was asked for; its ``features`` say what it can."""
 
 
 class NoBackendError(DeviceError):
@@ -104,6 +110,10 @@ class InvalidBufferError(UmmunotifyError, BufferError):
 
 class InvalidRangeError(UmmunotifyError, ValueError):
     """The range of addresses is empty, inverted or outside of 64 bits."""
+
+
+class InvalidCauseError(UmmunotifyError, ValueError):
+    """The causes are none that a region can ask for."""
 
 
 class DuplicateCookieError(UmmunotifyError, ValueError):

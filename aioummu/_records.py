@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import attrs
 
 from aioummu import _abi
-from aioummu._errors import ForeignDeviceError
+from aioummu._errors import ForeignDeviceError, InvalidCauseError
 from aioummu._ummunotify_abi import lib
 
 if TYPE_CHECKING:
@@ -33,6 +33,19 @@ HINT = _abi.HINT
 
 #: type, flags, hint_start, hint_end, user_cookie_counter
 Record: TypeAlias = tuple[int, int, int, int, int]
+
+
+class Feature(enum.Flag):
+    """What a device can do beyond reporting that something has changed."""
+
+    CAUSE = lib.UMMUNOTIFY_FEATURE_CAUSE
+    """Events say why."""
+    FILTER = lib.UMMUNOTIFY_FEATURE_FILTER
+    """A region can ask for some causes only."""
+    STATE = lib.UMMUNOTIFY_FEATURE_STATE
+    """Each region has a state, which says whether it is still what it was."""
+    ONCE = lib.UMMUNOTIFY_FEATURE_ONCE
+    """A region can end with its first event."""
 
 
 class Cause(enum.Flag):
@@ -72,6 +85,21 @@ for _cause in Cause:
 def cause_of(flags: int) -> Cause:
     """Return the causes in a record's flags; none where none is told."""
     return Cause(flags & _CAUSES)
+
+
+def wanted_causes(causes: Cause | None) -> int:
+    """Return the flags of the causes that a region asks for; 0: all.
+
+    :raises InvalidCauseError: if there are none, or one that nobody can ask for
+    """
+    if causes is None:
+        return 0
+    if not causes or causes.value & ~lib.UMMUNOTIFY_REGION_CAUSE_MASK:
+        raise InvalidCauseError(
+            f"a region cannot ask for {causes!r}: name at least one cause and not "
+            "FOREIGN, which says by whom and not why; None is for all"
+        )
+    return causes.value
 
 
 # No weak references to events: with them, each would be a fifth larger.

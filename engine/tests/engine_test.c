@@ -1934,6 +1934,42 @@ static void a_thread_that_never_sleeps_does_not_keep_it_busy(void)
 	aioummu_close(number);
 }
 
+#define LONG_DROP	32768
+
+static void *drop_for_long(void *memory)
+{
+	drop(memory, LONG_DROP);
+	return NULL;
+}
+
+/* The time that it runs in the kernel says nothing. */
+static void a_drop_that_never_sleeps_is_not_over(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map_alone(LONG_DROP), *last = memory + (LONG_DROP - 1) * PAGE;
+	bool was_there = false;
+	uint64_t before = 0;
+	pthread_t thread;
+
+	CHECK(!madvise(memory, LONG_DROP * PAGE, MADV_NOHUGEPAGE));
+	drop(memory, LONG_DROP);
+	memset(memory, 1, LONG_DROP * PAGE);
+	must_watch(number, memory, 1, 0);
+	thread = start_helper(drop_for_long, memory);
+	while (!generation(number))
+		;
+	must_watch(number, last, 1, 1);
+	while (!was_there && *(volatile char *)last) {
+		before = state(number, 1);
+		was_there = !(before & BUSY) && *(volatile char *)last;
+	}
+	pthread_join(thread, NULL);
+	CHECK_EQUAL(*last, 0);
+	CHECK(!was_there || state(number, 1) != before);
+	CHECK_EQUAL(calm_state(number, 1), 0);
+	aioummu_close(number);
+}
+
 /**
  * struct stuck - a thread that has told of a drop, and cannot go on with it
  * @number:	a notifier; region 0 has the memory
@@ -2488,6 +2524,7 @@ static const struct test tests[] = {
 	TEST(a_spent_region_is_busy_until_it_is_rearmed),
 	TEST(a_drop_of_the_callers_own_is_over_at_once),
 	TEST(a_thread_that_never_sleeps_does_not_keep_it_busy),
+	TEST(a_drop_that_never_sleeps_is_not_over),
 	TEST(a_region_registered_in_a_drop_is_busy_until_that_is_over),
 	TEST(rearming_in_a_drop_does_not_end_it),
 	TEST(what_is_mapped_anew_in_a_drop_is_busy),

@@ -53,6 +53,39 @@ children_keep_the_parents|engine.c|engine_test|a_forked_child_has_no_watch_and_c
 numbers_are_written_blindly|descriptor.h|engine_test|descriptors_closed_behind_its_back_hang_nobody|/^static inline bool is_owned/,/^}/s/return descriptor->fd >= 0 .*/return 1 ||/
 children_keep_the_readers|forward.c|forward_test|a_forked_child_does_not_hide_the_end|/^static void after_fork_in_child/,/^}/s/^\t\tclose_forward(forward);/\t\t;/
 what_was_read_and_not_sent_is_lost|forward.c|forward_test|flushing_without_room_loses_nothing|/^static int send_all/,/^}/s/^\t\tif (send(/\t\tssize_t size = forward->size;\n\t\tforward->size = 0;\n&/; /^static int send_all/,/^}/s/(size_t)forward->size/(size_t)size/
+filters_are_ignored|engine.c|engine_test|what_was_not_asked_for_is_not_reported a_filter_hides_a_change_from_its_own_region_only|/^static bool asks_for/,/^}/s/return !causes.*/return true || region || kind;/
+a_filter_stops_the_unknown|engine.c|engine_test|after_an_overrun_drops_may_be_under_way_anywhere|/^static bool asks_for/,/^}/s/return !causes\[kind\] ||/return/
+moves_are_no_unmapping|engine.c|engine_test|who_asks_for_moves_is_told_of_unmapping_and_the_reverse|/^static uint32_t complete/,/^}/s/return wanted \& gone.*/return gone ? wanted : 0;/
+no_filter_is_the_empty_one|engine.c|engine_test|what_asks_for_nothing_special_is_told_everything|/^static uint32_t complete/,/^}/s/return UMMUNOTIFY_REGION_CAUSE_MASK/return 0/
+any_bits_are_a_filter|engine.c|engine_test|causes_that_nobody_can_ask_for_are_refused|s/^\tif (wanted & ~UMMUNOTIFY_REGION_CAUSE_MASK)/\tif (0)/
+what_was_not_asked_for_spends_nothing|engine.c|engine_test|an_unmapping_that_nobody_asked_for_spends_the_region|/^static void hit/,/^}/s/^\tif (change->kind != CHANGE_DROPS_PAGES)/\tif (change->kind != CHANGE_DROPS_PAGES \&\& asked)/
+a_silent_end_changes_no_state|engine.c|engine_test|an_unmapping_that_nobody_asked_for_spends_the_region|/^static void hit/,/^}/s/^\tregion->changes++;/\tregion->changes += asked;/
+changes_are_not_counted|engine.c|engine_test|a_state_counts_what_is_done_to_its_region|/^static void hit/,/^}/s/^\tregion->changes++;//
+changes_are_not_counted_too|engine.c|stress|--seconds 30 --patience 6|/^static void hit/,/^}/s/^\tregion->changes++;//
+a_spent_region_is_calm|engine.c|engine_test|a_spent_region_is_busy_until_it_is_rearmed|/^static uint64_t state_of/,/^}/s/region->spent ||//
+rearming_takes_changes_back|engine.c|engine_test|a_spent_region_is_busy_until_it_is_rearmed a_state_counts_what_is_done_to_its_region|/^int aioummu_rearm/,/^}/s/^\t\tregion->spent = false;/\t\tregion->spent = false, region->changes = 0;/
+once_is_for_ever|engine.c|engine_test|a_region_for_once_ends_with_its_report what_was_not_read_is_still_registered|/^static size_t take_reports/,/^}/s/if (region->once)/if (0)/
+once_is_for_ever_too|engine.c|forward_test|a_region_for_once_ends_when_its_report_is_sent|/^static size_t take_reports/,/^}/s/if (region->once)/if (0)/
+once_is_over_before_its_report|engine.c|engine_test|what_was_not_read_is_still_registered|/^static void hit/,/^}/s/^\tif (!notifier->last_due)/\tif (region->once)\n\t\tranges_remove(\&notifier->cookies, \&region->cookie);\n&/
+drops_are_not_remembered|engine.c|engine_test|a_region_registered_in_a_drop_is_busy_until_that_is_over rearming_in_a_drop_does_not_end_it|/^static void apply/,/^}/s/^\t\tremember_drop(change->start.*/\t\t;/
+drops_are_not_remembered_too|engine.c|stress|--seconds 30 --patience 6|/^static void apply/,/^}/s/^\t\tremember_drop(change->start.*/\t\t;/
+an_unmapping_ends_a_drop|engine.c|engine_test|what_is_mapped_anew_in_a_drop_is_busy|/^static void apply/,/^}/s/^\t\tdoubt_cover(/\t\tstruct drop *drop = find_drop(change->start, change->end);\n\t\tif (drop)\n\t\t\tremove_drop(drop);\n&/
+a_drop_stays_behind|engine.c|engine_test|what_is_moved_in_a_drop_is_busy_where_it_is|/^static void apply/,/^}/s/^\t\tif (find_drop(change->start.*/\t\tif (0)/
+an_overrun_forgets_drops|engine.c|engine_test|after_an_overrun_drops_may_be_under_way_anywhere|/^static void invalidate_everything/,/^}/s/^\tremember_drop(.*//
+what_does_not_fit_replaces_a_drop|engine.c|engine_test|drops_beyond_the_limit_make_the_nearest_wider|/^static void remember_drop/,/^}/s/^\t\tabsorb(nearest_drop(start, end), &start, &end);/\t\tremove_drop(nearest_drop(start, end));/
+drops_grow_anywhere|engine.c|engine_test|drops_beyond_the_limit_make_the_nearest_wider|/^static struct drop \*nearest_drop/,/^}/s/behind->range.start - end < start - before->end/1/
+a_round_ends_what_came_after_it|engine.c|engine_test|drops_beyond_the_limit_make_the_nearest_wider|/^static void end_drops/,/^}/s/drop->number <= number/number/
+a_drop_never_ends|engine.c|engine_test|a_drop_of_the_callers_own_is_over_at_once|/^static uint64_t look_for_ends/,/^}/s/^\t\tended = engine.round;/\t\tbreak;/
+drops_end_unseen|threads.c|engine_test|a_region_registered_in_a_drop_is_busy_until_that_is_over a_drop_that_is_over_leaves_one_under_way_alone|/^bool threads_were_outside/,/^}/s/return !threads->count/return true/
+drops_end_unseen_too|threads.c|stress|--seconds 60 --patience 6|/^bool threads_were_outside/,/^}/s/return !threads->count/return true/
+whoever_sleeps_is_outside|threads.c|engine_test|a_region_registered_in_a_drop_is_busy_until_that_is_over rearming_in_a_drop_does_not_end_it|s/^\tSYS_madvise,//
+parents_of_vfork_are_outside|threads.c|engine_test|a_child_of_vfork_is_thought_of|s/^\tSYS_vfork,//; s/^\tSYS_clone,//; s/^\tSYS_clone3,//
+workers_are_outside|threads.c|engine_test|a_drop_by_io_uring_is_not_taken_to_be_over|/^static enum whereabouts sleeps_where/,/^}/s/^\tif (!pc)/\tif (0)/
+only_sleepers_are_outside|threads.c|engine_test|a_thread_that_never_sleeps_does_not_keep_it_busy|/^static uint64_t user_time/,/^}/s/if (threads->same_numbers \&\&/if (0 \&\&/
+time_in_the_kernel_counts|threads.c|engine_test|a_drop_that_never_sleeps_is_not_over|/^static uint64_t user_time/,/^}/s/<< 3 | 4 | 1/<< 3 | 4 | 2/
+any_descriptor_will_do|threads.c|engine_test|who_cannot_be_looked_at_is_not_taken_to_be_outside|s/if (!is_owned(&threads->directory) || !list_once(threads))/list_once(threads); if (!threads->count) return true; if (0)/; s/threads->count \&\& is_owned(&threads->directory)/threads->count/
+the_engines_own_thread_is_waited_for|threads.c|engine_test|a_drop_of_the_callers_own_is_over_at_once|s/thread.tid == innocent/0/
+the_last_before_is_the_first|ranges.c|ranges_test|the_tree_does_what_an_array_does|/^struct range \*ranges_before/,/^}/s/found = root/found = found ? found : root/
 the_greatest_end_is_forgotten|ranges.c|ranges_test|the_tree_does_what_an_array_does|/^void ranges_remove/,/^}/s/^\tupdate(node);//
 the_whole_tree_is_walked|ranges.c|ranges_test|a_million_ranges_stay_shallow|/^void ranges_visit/,/^}/s/while (root \&\& root->last_end > start)/while (root)/
 equal_starts_are_one|ranges.c|ranges_test|ranges_with_the_same_start_are_all_found|/^static bool is_before/,/^}/s/return (uintptr_t)a < (uintptr_t)b/return false/
