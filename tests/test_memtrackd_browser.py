@@ -509,6 +509,34 @@ def test_filter_and_pause(browser: Chrome, site: Site) -> None:
     until(browser, "return document.querySelectorAll('#latest li').length === 1")
 
 
+def test_kinds_of_changes_can_be_left_out(browser: Chrome, site: Site) -> None:
+    client = site.attach()
+    site.register(client, (1, BASE, BASE + 100 * PAGE, "weights"))
+    opened(browser, site)
+    both = aioummu.Cause.UNMAP | aioummu.Cause.CLEAR
+    site.invalidate(client, 1, first=0, pages=10, cause=aioummu.Cause.CLEAR)
+    site.invalidate(client, 1, first=50, pages=10, cause=both)
+    wait_for_colour(browser, client, "unmap")
+    wait_for_colour(browser, client, "clear")
+    shown = (
+        "return [...document.querySelectorAll('#latest .cause')]"
+        ".map((e) => e.textContent).join()"
+    )
+    until(browser, shown + " === 'unmap + clear,clear'")
+    button = browser.find_element(By.XPATH, "//*[@id='legend']//button[.='clear']")
+
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    # What is also something else stays.
+    until(browser, shown + " === 'unmap + clear'")
+    until(browser, "return document.querySelector('canvas.map').dataset.drawn === '1'")
+    assert run(browser, COLOURED, client.id, "clear")["count"] == 0
+    button.send_keys(Keys.ENTER)
+    assert button.get_attribute("aria-pressed") == "true"
+    until(browser, shown + " === 'unmap + clear,clear'")
+    wait_for_colour(browser, client, "clear")
+
+
 def test_thousands_of_regions_do_not_hang_the_page(browser: Chrome, site: Site) -> None:
     clients = [site.attach(f"worker-{n}") for n in range(20)]
     for client in clients:

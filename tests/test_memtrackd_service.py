@@ -143,6 +143,7 @@ def test_an_address_in_use_is_named(tmp_path: Path) -> None:
         ("canary", "nan", "a number of seconds"),
         ("canary", "-1", "a number of seconds"),
         ("nice", "20", "a number from 0 to 19"),
+        ("causes", "unmap,sunspots", "'all', or some of unmap,clear,"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_told_wherever_it_stands(
@@ -308,6 +309,33 @@ def test_changes_before_the_end_are_in_the_log(tmp_path: Path) -> None:
         daemon.go_on()
         assert daemon.process.wait(LIMIT) == 0
         assert len(daemon.lines("changed")) == 100
+
+
+def test_changes_that_nobody_asked_to_see_are_counted_and_not_logged(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('causes = "unmap, move"\n')
+    with (
+        Daemon(tmp_path, "--config", str(path)) as daemon,
+        Program(daemon) as program,
+    ):
+        program.run("tracker = memtrackd.attach(backend='embedded')")
+        program.run("pages = Pages(3)")
+        for i in range(3):
+            program.run(f"tracker.register(*pages.page({i}), 'r{i}')")
+        program.run("pages.madvise(4, pages.page(0))")
+        program.run("pages.munmap(pages.page(1))")
+        line = daemon.wait("changed")
+        assert (line["region"], line["cause"]) == ("r1", "unmap")
+        path.write_text('causes = "clear"\n')
+        os.kill(daemon.pid, signal.SIGHUP)
+        daemon.wait("reloaded")
+        program.run("pages.madvise(4, pages.page(2))")
+        until(lambda: len(daemon.lines("changed")) == 2)
+        program.run("tracker.close()")
+        assert daemon.wait("ended")["changes"] == 3
+        assert [line["region"] for line in daemon.lines("changed")] == ["r1", "r2"]
 
 
 def test_an_interrupt_ends_it_as_well(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import attrs
 
+import aioummu
 from memtrackd import protocol
 from memtrackd.client import default_socket
 from memtrackd.logs import LogFormat
@@ -30,8 +31,8 @@ the permissions of the socket; who may look, by the address of --http, which is 
 local host unless you choose another.
 
 SIGTERM and SIGINT read what is still to be read, and end with status 0. SIGHUP reads
-the file again (log, max-clients, max-regions, max-all-regions, keep-ended), and opens
-the log file again.
+the file again (log, causes, max-clients, max-regions, max-all-regions, keep-ended), and
+opens the log file again.
 """
 
 
@@ -61,6 +62,8 @@ class Config:
     keep_ended: int
     log: LogFormat
     log_file: Path | None
+    causes: frozenset[str] | None
+    """Of the changes in the log and the view; None is all."""
     view: bool
     canary: float
     nice: int
@@ -97,6 +100,7 @@ _DEFAULTS: dict[str, Any] = {
     "keep_ended": 100,
     "log": "text",
     "log_file": None,
+    "causes": None,
     "view": False,
     "canary": 5.0,
     "nice": 10,
@@ -171,6 +175,18 @@ def _log(text: str) -> str:
     return text
 
 
+_CAUSES = tuple(cause.name.lower() for cause in aioummu.Cause if cause.name)
+
+
+def _causes(text: str) -> frozenset[str] | None:
+    if text == "all":
+        return None
+    causes = frozenset(word.strip() for word in text.split(","))
+    if not causes <= set(_CAUSES):
+        raise ValueError(f"'all', or some of {','.join(_CAUSES)}")
+    return causes
+
+
 def _switch(text: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "": False, "0": False}
     try:
@@ -190,6 +206,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "keep_ended": _count_or_none,
     "log": _log,
     "log_file": _path,
+    "causes": _causes,
     "view": _switch,
     "canary": _seconds,
     "nice": _niceness,
@@ -280,6 +297,12 @@ def _parser() -> argparse.ArgumentParser:
     add("keep-ended", "N", "clients to remember after they ended (default: 100)")
     add("log", "FORMAT", "lines on standard error: text, json or off (default: text)")
     add("log-file", "FILE", "append the lines to a file instead")
+    add(
+        "causes",
+        "LIST",
+        "of the changes, log and draw only those with one of these causes, like "
+        "unmap,move, or with none that is known (default: all); counted is all",
+    )
     parser.add_argument(
         "--view", action="store_true", help="draw a live view in this terminal"
     )

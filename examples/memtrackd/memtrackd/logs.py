@@ -132,6 +132,8 @@ class LogOutput:
     def __init__(self, writer: LineWriter, style: LogFormat) -> None:
         self._writer = writer
         self.style: LogFormat = style
+        #: Of the changes that get a line; None is all.
+        self.causes: frozenset[str] | None = None
         self.set_style(style)
 
     def set_style(self, style: LogFormat) -> None:
@@ -233,6 +235,8 @@ class LogOutput:
             self._log.warning("dropped", lines=self._writer.dropped)
         if self.style != "off":
             for change in changes:
+                if not change.is_among(self.causes):
+                    continue
                 region = client.region(change.cookie)
                 self._log.info(
                     "changed",

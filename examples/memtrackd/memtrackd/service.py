@@ -60,6 +60,7 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
         # Not two of them on one terminal.
         is_drawn_over = config.view and writer.is_terminal
         log = LogOutput(writer, "off" if is_drawn_over else config.log)
+        log.causes = config.causes
         tracking = Tracking(
             keep_ended=config.keep_ended,
             region_limit=config.max_regions,
@@ -87,12 +88,13 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
             )
             await stack.enter_async_context(web.serve(app, sockets.http))
 
+        view = View(tracking) if config.view else None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(intake.serve, sockets.clients)
             if config.canary:
                 tasks.start_soon(_sing, config.canary, metrics, log)
-            if config.view:
-                view = View(tracking)
+            if view:
+                view.causes = config.causes
                 tracking.listen(view)
                 tasks.start_soon(_draw, view, log)
             if supervisor.watchdog:
@@ -104,7 +106,8 @@ async def run(config: Config, reload: Callable[[], Config] = load_config) -> Non
                 if number != signal.SIGHUP:
                     break
                 supervisor.notify("RELOADING=1", _monotonic())
-                _reload(reload, log, writer, tracking, intake)
+                if (news := _reload(reload, log, writer, tracking, intake)) and view:
+                    view.causes = news.causes
                 supervisor.notify("READY=1", patience=1.0)
             supervisor.notify("STOPPING=1")
             log.ending(signal.Signals(number).name)
@@ -157,15 +160,16 @@ def _reload(
     writer: LineWriter,
     tracking: Tracking,
     intake: Intake,
-) -> None:
-    """Take on what can change without a new start."""
+) -> Config | None:
+    """Take on what can change without a new start; return it."""
     writer.reopen()
     try:
         config = reload()
     except ConfigError as error:
         log.trouble(f"the old configuration stays: {error}")
-        return
+        return None
     log.set_style(config.log)
+    log.causes = config.causes
     intake.max_clients = config.max_clients
     tracking.region_limit = config.max_regions
     tracking.total_limit = config.max_all_regions
@@ -177,6 +181,7 @@ def _reload(
         max_regions=config.max_regions,
         keep_ended=config.keep_ended,
     )
+    return config
 
 
 def _open_writer(config: Config) -> LineWriter:

@@ -56,6 +56,13 @@ class Change(NamedTuple):
     causes: tuple[str, ...]
     """Why, where the backend tells it."""
 
+    def is_among(self, causes: frozenset[str] | None) -> bool:
+        """Tell whether it has one of these causes, or none that is known.
+
+        :param causes: None is all
+        """
+        return causes is None or not self.causes or not causes.isdisjoint(self.causes)
+
 
 @attrs.define(eq=False)
 class TrackedRegion:

@@ -38,6 +38,8 @@ class View:
     """
 
     def __init__(self, tracking: Tracking, console: Console | None = None) -> None:
+        #: Of the changes that are drawn; None is all.
+        self.causes: frozenset[str] | None = None
         self._tracking = tracking
         self._console = console or Console()
         self._latest: deque[Text] = deque(maxlen=64)
@@ -129,7 +131,11 @@ class View:
 
     def changed(self, client: Client, changes: Sequence[Change]) -> None:
         """Draw it."""
-        self._latest.extend(_line(client, change) for change in changes[-64:])
+        self._latest.extend(
+            _line(client, change)
+            for change in changes[-64:]
+            if change.is_among(self.causes)
+        )
         self._dirty = True
 
     def ended(self, client: Client) -> None:  # noqa: ARG002 - a listener

@@ -37,6 +37,7 @@ let skew = 0; // the server's clock, before ours
 let span = 60; // seconds shown; Infinity: all
 let frozen = null; // the time at which it is paused
 let words = []; // of the filter
+const unwanted = new Set(); // kinds of changes that are not shown
 let total = 0;
 let theme = null;
 
@@ -57,6 +58,9 @@ function clock(time) {
 function pages(start, end) {
   return plural(Number((end + PAGE - 1n) / PAGE - start / PAGE), "page");
 }
+
+// What to draw a change as: what matters most, of what is to be seen.
+const kindOf = (change) => change.kinds.find((kind) => !unwanted.has(kind));
 
 // --- what there is
 
@@ -116,7 +120,7 @@ class Client {
     const change = {
       time, cookie, exact, causes, client: this,
       start: BigInt(start), end: BigInt(end),
-      kind: KINDS.find((kind) => causes.includes(kind.name)) ?? KIND.get("changed"),
+      kinds: KINDS.filter((kind) => causes.includes(kind.name)),
       region: this.table.get(cookie), layout: null, y: 0, height: 0,
     };
     if (!change.region) {
@@ -125,6 +129,7 @@ class Client {
       });
       change.region.known = false;
     }
+    if (!change.kinds.length) change.kinds = [KIND.get("changed")];
     this.changes.push(change);
     if (this.changes.length > 2 * KEPT) this.changes.splice(0, this.changes.length - KEPT);
     return change;
@@ -265,6 +270,22 @@ function block(context, kind, exact, x, y, width, height) {
   }
 }
 
+// A kind of changes, to be shown or not.
+function toggle(kind, ...content) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.append(...content);
+  button.setAttribute("aria-pressed", String(!unwanted.has(kind)));
+  button.addEventListener("click", () => {
+    const hiding = !unwanted.delete(kind);
+    if (hiding) unwanted.add(kind);
+    button.setAttribute("aria-pressed", String(!hiding));
+    showLatest();
+    for (const client of visible) mark(client);
+  });
+  return button;
+}
+
 function drawLegend() {
   const entry = (kind, text, title, exact) => {
     const item = document.createElement("li");
@@ -277,7 +298,8 @@ function drawLegend() {
     context.scale(2, 2);
     context.lineWidth = 1;
     block(context, kind, exact, 0, 0, 18, 14);
-    item.append(canvas, text);
+    if (exact) item.append(toggle(kind, canvas, text));
+    else item.append(canvas, text);
     return item;
   };
   $("legend").replaceChildren(
@@ -401,15 +423,17 @@ function draw(client) {
     const change = client.changes[i];
     if (change.time < from) break;
     if (change.time > to) continue;
+    const kind = kindOf(change);
+    if (!kind) continue;
     if (change.layout !== layout) place(layout, change);
     drawn += 1;
     const x = Math.round(at(change.time)) - BLOCK + 1;
     const tall = Math.max(change.height, 3);
     // Those under others are not seen.
-    const key = `${x} ${Math.round(change.y)} ${Math.round(tall)} ${change.kind.index}`;
+    const key = `${x} ${Math.round(change.y)} ${Math.round(tall)} ${kind.index}`;
     if (done.has(key)) continue;
     done.add(key);
-    block(context, change.kind, change.exact, x, Math.min(change.y, bottom - 3), BLOCK, tall);
+    block(context, kind, change.exact, x, Math.min(change.y, bottom - 3), BLOCK, tall);
   }
   const { chosen } = client;
   if (chosen?.layout === layout && chosen.time >= from) {
@@ -570,7 +594,7 @@ function describe(client, thing) {
   const region = thing.region ?? thing;
   name.textContent = region.name;
   const range = `0x${thing.start.toString(16)}–0x${thing.end.toString(16)}`;
-  if (!thing.kind) {
+  if (!thing.kinds) {
     const until = thing.ended === null ? "" : `, until ${clock(thing.ended).slice(0, 8)}`;
     return [name, ` ${range}, ${pages(thing.start, thing.end)}, since ${clock(thing.since).slice(0, 8)}${until}`];
   }
@@ -600,6 +624,7 @@ function point(client, event) {
   for (let i = client.changes.length - 1; i >= 0; i -= 1) {
     const change = client.changes[i];
     if (change.time < view.from) break;
+    if (!kindOf(change)) continue;
     if (y < change.y - 4 || y > change.y + Math.max(change.height, 3) + 4) continue;
     const away = Math.abs(view.left + (change.time - view.from) * view.scale - BLOCK / 2 - x);
     if (away < distance) [best, distance] = [change, away];
@@ -610,9 +635,10 @@ function point(client, event) {
 }
 
 function walk(client, event) {
-  const { changes, chosen } = client;
+  const { chosen } = client;
+  const changes = client.changes.filter(kindOf);
   const last = changes.length - 1;
-  const here = chosen?.kind ? changes.indexOf(chosen) : last + 1;
+  const here = chosen?.kinds ? changes.indexOf(chosen) : last + 1;
   const next = {
     ArrowLeft: here - 1, ArrowRight: here + 1, Home: 0, End: last, Escape: -2,
   }[event.key];
@@ -627,7 +653,8 @@ let listTimer = 0;
 let spokenTimer = 0;
 let unspoken = 0;
 
-function noteLatest(changes) {
+function noteLatest(all) {
+  const changes = all.filter(kindOf);
   latest.push(...changes.slice(-LISTED));
   if (latest.length > 2 * LISTED) latest.splice(0, latest.length - LISTED);
   unspoken += changes.length;
@@ -644,8 +671,9 @@ function showLatest() {
     element.textContent = text;
     return element;
   };
-  const rows = latest.filter(({ client, region }) => words.every((word) =>
-    [client.name, client.program, region.name].some((text) => text.toLowerCase().includes(word))));
+  const rows = latest.filter((change) => kindOf(change) && words.every((word) =>
+    [change.client.name, change.client.program, change.region.name]
+      .some((text) => text.toLowerCase().includes(word))));
   $("latest").replaceChildren(...rows.slice(-LISTED).reverse().map((change) => {
     const item = document.createElement("li");
     const size = pages(change.start, change.end);
