@@ -913,7 +913,7 @@ static bool ummunotify_is_foreign(const struct mmu_notifier_range *range)
  */
 static bool ummunotify_is_hidden(const struct mmu_notifier_range *range)
 {
-	return !report_foreign && current->flags & PF_KTHREAD &&
+	return unlikely(!report_foreign) && current->flags & PF_KTHREAD &&
 	       current->mm != range->mm && range->event != MMU_NOTIFY_UNMAP;
 }
 
@@ -927,24 +927,24 @@ static u32 ummunotify_causes(const struct mmu_notifier_range *range)
 	return causes;
 }
 
-/* Apart, so that a miss does not pay for it. */
-static noinline void
+/* With constants for the last two arguments: most of it goes away. */
+static __always_inline void
 ummunotify_invalidate(struct ummunotify_ctx *ctx,
 		      const struct mmu_notifier_range *range,
 		      enum ummunotify_phase phase,
 		      struct ummunotify_tracker *tracker)
 {
+	u16 reasons = REASONS_ALL;
 	u32 causes = 0;
-	u16 reasons;
 
 	if (ummunotify_is_hidden(range))
 		return;
 	if (tracker || READ_ONCE(ctx->features) & (UMMUNOTIFY_FEATURE_CAUSE |
-						   UMMUNOTIFY_FEATURE_FILTER))
+						   UMMUNOTIFY_FEATURE_FILTER)) {
 		causes = ummunotify_causes(range);
-	reasons = REASONS(causes & UMMUNOTIFY_REGION_CAUSE_MASK);
-	if (!reasons)
-		reasons = REASONS_ALL;
+		if (causes & UMMUNOTIFY_REGION_CAUSE_MASK)
+			reasons = REASONS(causes & UMMUNOTIFY_REGION_CAUSE_MASK);
+	}
 
 	/* What is under way is tracked in any case. */
 	if (!tracker) {
@@ -967,6 +967,21 @@ ummunotify_invalidate(struct ummunotify_ctx *ctx,
 	});
 }
 
+/* Apart, so that a miss does not pay for them. */
+static noinline void
+ummunotify_start_within_bounds(struct ummunotify_ctx *ctx,
+			       const struct mmu_notifier_range *range)
+{
+	ummunotify_invalidate(ctx, range, UMMUNOTIFY_PHASE_START, NULL);
+}
+
+static noinline void
+ummunotify_end_within_bounds(struct ummunotify_ctx *ctx,
+			     const struct mmu_notifier_range *range)
+{
+	ummunotify_invalidate(ctx, range, UMMUNOTIFY_PHASE_END, NULL);
+}
+
 /* Before the first page goes away, the counter rises and reports are queued. */
 static int
 ummunotify_invalidate_range_start(struct mmu_notifier *notifier,
@@ -975,7 +990,7 @@ ummunotify_invalidate_range_start(struct mmu_notifier *notifier,
 	struct ummunotify_ctx *ctx = notifier_ctx(notifier);
 
 	if (!ummunotify_misses(ctx, range))
-		ummunotify_invalidate(ctx, range, UMMUNOTIFY_PHASE_START, NULL);
+		ummunotify_start_within_bounds(ctx, range);
 	return 0;
 }
 
@@ -996,7 +1011,7 @@ ummunotify_invalidate_range_end(struct mmu_notifier *notifier,
 	 */
 	smp_mb();
 	if (!ummunotify_misses(ctx, range))
-		ummunotify_invalidate(ctx, range, UMMUNOTIFY_PHASE_END, NULL);
+		ummunotify_end_within_bounds(ctx, range);
 }
 
 /* The last user of the address space is gone, or the fd is being closed. */
@@ -1623,27 +1638,6 @@ static long ummunotify_exchange_features(struct ummunotify_ctx *ctx,
 	return put_user(features, arg);
 }
 
-/* Make 0 of what was not negotiated: it is garbage in clients of 2010. */
-static int ummunotify_check_options(struct ummunotify_ctx *ctx,
-				    struct ummunotify_register_ioctl *parm)
-{
-	u32 features = READ_ONCE(ctx->features);
-	u32 known = 0;
-
-	if (features & UMMUNOTIFY_FEATURE_FILTER)
-		known |= UMMUNOTIFY_REGION_CAUSE_MASK;
-	if (features & UMMUNOTIFY_FEATURE_ONCE)
-		known |= UMMUNOTIFY_REGION_FLAG_ONCE;
-	if (!known)
-		parm->flags = 0;
-	else if (parm->flags & ~known)
-		return -EINVAL;
-
-	if (!(features & UMMUNOTIFY_FEATURE_STATE))
-		parm->reserved = 0;
-	return parm->reserved ? ummunotify_prepare_slot(ctx, parm->reserved) : 0;
-}
-
 static u16 ummunotify_wanted(u32 flags)
 {
 	u32 causes = flags & UMMUNOTIFY_REGION_CAUSE_MASK;
@@ -1656,12 +1650,51 @@ static u16 ummunotify_wanted(u32 flags)
 	return REASONS(causes);
 }
 
+/**
+ * struct ummunotify_options - what features add to a registration
+ * @reasons:	the causes that are asked for
+ * @once:	to be unregistered when the report is read
+ * @slot:	of the state word, or 0
+ */
+struct ummunotify_options {
+	u16	reasons;
+	bool	once;
+	u32	slot;
+};
+
+/* What was not negotiated is not looked at: it is garbage in clients of 2010. */
+static noinline int
+ummunotify_check_options(struct ummunotify_ctx *ctx, u32 features,
+			 const struct ummunotify_register_ioctl *parm,
+			 struct ummunotify_options *options)
+{
+	u32 known = 0;
+
+	if (features & UMMUNOTIFY_FEATURE_FILTER)
+		known |= UMMUNOTIFY_REGION_CAUSE_MASK;
+	if (features & UMMUNOTIFY_FEATURE_ONCE)
+		known |= UMMUNOTIFY_REGION_FLAG_ONCE;
+	if (known) {
+		if (parm->flags & ~known)
+			return -EINVAL;
+		options->reasons = ummunotify_wanted(parm->flags);
+		options->once = parm->flags & UMMUNOTIFY_REGION_FLAG_ONCE;
+	}
+
+	if (!(features & UMMUNOTIFY_FEATURE_STATE) || !parm->reserved)
+		return 0;
+	options->slot = parm->reserved;
+	return ummunotify_prepare_slot(ctx, options->slot);
+}
+
 static long ummunotify_register(struct ummunotify_ctx *ctx,
 				struct ummunotify_register_ioctl __user *arg)
 {
+	struct ummunotify_options options = { .reasons = REASONS_ALL };
 	struct ummunotify_register_ioctl parm;
 	struct ummunotify_region *region;
 	u64 start, end;
+	u32 features;
 	bool kept;
 	int ret;
 
@@ -1673,9 +1706,12 @@ static long ummunotify_register(struct ummunotify_ctx *ctx,
 	end = untagged_addr(parm.end);
 	if (start > end || end > ULONG_MAX)
 		return -EINVAL;
-	ret = ummunotify_check_options(ctx, &parm);
-	if (ret)
-		return ret;
+	features = READ_ONCE(ctx->features);
+	if (features) {
+		ret = ummunotify_check_options(ctx, features, &parm, &options);
+		if (ret)
+			return ret;
+	}
 
 	raw_spin_lock(&ctx->lock);
 	region = ummunotify_take_spare(ctx);
@@ -1690,9 +1726,9 @@ static long ummunotify_register(struct ummunotify_ctx *ctx,
 	region->last = end - 1;
 	region->cookie = parm.user_cookie;
 	region->report = 0;
-	region->reasons = ummunotify_wanted(parm.flags);
-	region->slot = parm.reserved;
-	region->once = !!(parm.flags & UMMUNOTIFY_REGION_FLAG_ONCE);
+	region->reasons = options.reasons;
+	region->slot = options.slot;
+	region->once = options.once;
 	ret = ummunotify_insert(ctx, region);
 	kept = !ret || ummunotify_spare(ctx, region);
 	raw_spin_unlock(&ctx->lock);
