@@ -1674,6 +1674,20 @@ static uint32_t complete(uint32_t wanted)
 }
 
 /* Under the lock. */
+static void remove_region(struct region *region)
+{
+	uint64_t start = region->range.start, end = region->range.end;
+
+	if (region->pending)
+		drop_report(region);
+	ranges_remove(&engine.regions, &region->range);
+	ranges_remove(&region->notifier->cookies, &region->cookie);
+	region->notifier->regions--;
+	pool_give(&engine.region_pool, region);
+	find_idle(start, end);
+}
+
+/* Under the lock. */
 static int add_region(struct notifier *notifier, uint64_t start, uint64_t end,
 		      uint64_t cookie, uint32_t wanted, bool once,
 		      struct aioummu_refusal *refusal)
@@ -1690,11 +1704,6 @@ static int add_region(struct notifier *notifier, uint64_t start, uint64_t end,
 	error = pool_reserve(&engine.region_pool, 1);
 	if (error)
 		return refuse(refusal, start, end, error);
-	error = cover(start, end, refusal);
-	if (error) {
-		find_idle(start, end);
-		return error;
-	}
 	region = pool_take(&engine.region_pool);
 	region->range.start = start;
 	region->range.end = end;
@@ -1707,7 +1716,11 @@ static int add_region(struct notifier *notifier, uint64_t start, uint64_t end,
 	ranges_insert(&engine.regions, &region->range);
 	ranges_insert(&notifier->cookies, &region->cookie);
 	notifier->regions++;
-	return 0;
+	/* It is there already, so that what is covered is not released again. */
+	error = cover(start, end, refusal);
+	if (error)
+		remove_region(region);
+	return error;
 }
 
 int aioummu_register(int number, uint64_t start, uint64_t end, uint64_t cookie,
@@ -1727,20 +1740,6 @@ int aioummu_register(int number, uint64_t start, uint64_t end, uint64_t cookie,
 		let_go();
 	}
 	return error;
-}
-
-/* Under the lock. */
-static void remove_region(struct region *region)
-{
-	uint64_t start = region->range.start, end = region->range.end;
-
-	if (region->pending)
-		drop_report(region);
-	ranges_remove(&engine.regions, &region->range);
-	ranges_remove(&region->notifier->cookies, &region->cookie);
-	region->notifier->regions--;
-	pool_give(&engine.region_pool, region);
-	find_idle(start, end);
 }
 
 int aioummu_unregister(int number, uint64_t cookie)

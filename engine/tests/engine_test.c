@@ -7,7 +7,15 @@
  * closing it unregisters everything, and nobody sees what was forgotten; with one,
  * in a forked child for example, whoever unmaps that sleeps for ever.
  */
+#define _GNU_SOURCE
+#include "mappings.h"
+
+/* So that mappings can change between two looks of the engine at them. */
+static int look_up(const struct mappings *mappings, uint64_t address,
+		   struct mapping *mapping);
+#define mapping_at_or_behind	look_up
 #include "engine.c"
+#undef mapping_at_or_behind
 
 #include <inttypes.h>
 #include <linux/io_uring.h>
@@ -37,6 +45,22 @@ static struct ummunotify_event records[RECORDS];
 static struct aioummu_refusal refusal;
 
 /* ------------------------------------------------------------------- tools --- */
+
+/* Runs once, before the look-up of an address that is no less than this. */
+static void (*change_behind)(void);
+static uint64_t change_at;
+
+static int look_up(const struct mappings *mappings, uint64_t address,
+		   struct mapping *mapping)
+{
+	void (*change)(void) = change_behind;
+
+	if (change && address >= change_at) {
+		change_behind = NULL;
+		change();
+	}
+	return mapping_at_or_behind(mappings, address, mapping);
+}
 
 static int open_notifier(int *doorbell)
 {
@@ -962,6 +986,47 @@ static void idle_mappings_are_released_beyond_the_limit(void)
 	CHECK_EQUAL(registered_in(last, 1), 1);
 	munmap(first, PAGE);
 	must_report(number, 0, first, 1, HINT);
+	close_with_a_copy(number);
+}
+
+static char *growing;
+
+static void grow(void)
+{
+	CHECK(mremap(growing, PAGE, 2 * PAGE, 0) == growing);
+}
+
+/*
+ * Its first mapping is the one that has been idle for longest, and the second one
+ * has to be registered again, which releases idle ones.
+ */
+static void what_is_being_registered_is_not_idle(void)
+{
+	int number = open_notifier(NULL);
+	char *memory = map_alone(4), *others = map(2 * IDLE_LIMIT);
+
+	munmap(memory + 3 * PAGE, PAGE);
+	CHECK(!mprotect(memory, PAGE, PROT_READ));
+	munmap(memory + 2 * PAGE, PAGE);
+	must_watch(number, memory, 1, 0);
+	CHECK_EQUAL(aioummu_unregister(number, 0), 0);
+	/* As many as there may be, each in a mapping of its own. */
+	for (uint64_t i = 1; i < IDLE_LIMIT; i++) {
+		CHECK(!mprotect(others + 2 * i * PAGE, PAGE, PROT_READ));
+		must_watch(number, others + 2 * i * PAGE, 1, i);
+	}
+	for (uint64_t i = 1; i < IDLE_LIMIT; i++)
+		CHECK_EQUAL(aioummu_unregister(number, i), 0);
+	CHECK_EQUAL(engine.idle_count, IDLE_LIMIT);
+	growing = memory + PAGE;
+	/* Just before it is seen whether the second one has grown meanwhile. */
+	change_at = (uintptr_t)growing + PAGE;
+	change_behind = grow;
+	must_watch(number, memory, 2, 1);
+	CHECK(!change_behind);
+	munmap(memory, PAGE);
+	must_report(number, 1, memory, 1, HINT);
+	must_end(number, 1);
 	close_with_a_copy(number);
 }
 
@@ -1954,11 +2019,10 @@ static void a_drop_that_never_sleeps_is_not_over(void)
 	CHECK(!madvise(memory, LONG_DROP * PAGE, MADV_NOHUGEPAGE));
 	drop(memory, LONG_DROP);
 	memset(memory, 1, LONG_DROP * PAGE);
-	must_watch(number, memory, 1, 0);
+	must_watch(number, last, 1, 1);
 	thread = start_helper(drop_for_long, memory);
 	while (!generation(number))
 		;
-	must_watch(number, last, 1, 1);
 	while (!was_there && *(volatile char *)last) {
 		before = state(number, 1);
 		was_there = !(before & BUSY) && *(volatile char *)last;
@@ -1966,7 +2030,7 @@ static void a_drop_that_never_sleeps_is_not_over(void)
 	pthread_join(thread, NULL);
 	CHECK_EQUAL(*last, 0);
 	CHECK(!was_there || state(number, 1) != before);
-	CHECK_EQUAL(calm_state(number, 1), 0);
+	CHECK_EQUAL(calm_state(number, 1), 2);
 	aioummu_close(number);
 }
 
@@ -2492,6 +2556,7 @@ static const struct test tests[] = {
 	TEST(what_follows_a_detached_segment_is_watched),
 	TEST(a_segment_attached_again_is_watched_once_registered),
 	TEST(idle_mappings_are_released_beyond_the_limit),
+	TEST(what_is_being_registered_is_not_idle),
 	TEST(an_idle_mapping_that_is_wanted_again_is_kept),
 	TEST(another_notifier_keeps_a_mapping_registered),
 	TEST(a_late_event_does_not_make_a_registration_forgotten),
