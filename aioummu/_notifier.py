@@ -11,8 +11,9 @@ from itertools import count
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
-from anyio import sleep
-from anyio.lowlevel import checkpoint
+from anyio import CancelScope, sleep
+from anyio import Event as Flag
+from anyio.lowlevel import checkpoint, current_token
 
 from aioummu._backends import open_device
 from aioummu._errors import (
@@ -26,9 +27,12 @@ from aioummu._errors import (
 from aioummu._forks import track
 from aioummu._readiness import open_readiness
 from aioummu._records import (
+    HINT,
     LAST,
     RECORD_SIZE,
     Event,
+    Feature,
+    Inval,
     Last,
     Record,
     as_record,
@@ -40,11 +44,12 @@ from aioummu._regions import Region, address_range, checked_cookie, checked_rang
 if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-    from typing import Self
+    from typing import Any, Self
 
     from aioummu._backends import Backend
     from aioummu._device import DeviceLike
     from aioummu._readiness import ReadinessKind
+    from aioummu._records import Cause
     from aioummu._regions import BufferLike
 
 T = TypeVar("T")
@@ -106,8 +111,25 @@ async def open_notifier(
         notifier.close()
 
 
+class _Waiter:
+    """A task that waits until another one has read for it."""
+
+    __slots__ = ("event", "flag", "region")
+
+    def __init__(self, region: Region | None) -> None:
+        self.region = region
+        #: What was reported for the region since the task began to wait.
+        self.event: Inval | None = None
+        #: Set to wake it, while another one reads.
+        self.flag: Flag | None = None
+
+    def wake(self) -> None:
+        if self.flag is not None:
+            self.flag.set()
+
+
 class Notifier:
-    """An open device whose events one task receives.
+    """An open device, whose events tasks receive.
 
     Made by :func:`open_notifier`. It is an asynchronous iterator of its events::
 
@@ -120,9 +142,13 @@ class Notifier:
     once: iterators and :meth:`read_nowait` share them. A cancelled task
     loses none. A report for a region that was unregistered meanwhile is dropped.
 
+    Beside that, any number of tasks can wait for single regions, see
+    ``Region.invalidated()``. They read for each other and for the iterator; what the
+    iterator has not received yet is kept for it, the reports of a region as one.
+
     Synchronization: belongs to the event loop that it was opened in, where one
-    task at a time receives; others get :exc:`BusyError`. Any thread may register
-    and unregister, look at :attr:`regions`, :attr:`generation` and
+    task at a time receives all events; others get :exc:`BusyError`. Any thread may
+    register and unregister, look at :attr:`regions`, :attr:`generation` and
     :attr:`changed`. Unusable in forked children.
     """
 
@@ -152,6 +178,30 @@ class Notifier:
         # What was read and not handed out yet; whoever gets cancelled, it stays.
         self._backlog: deque[Event] = deque()
         self._receiving = False
+        # What others have read since: of each region one event. Comes after that.
+        self._kept: dict[Region, Inval] = {}
+        self._kept_last: Last | None = None
+        # Somebody receives all events, or did.
+        self._is_consumed = False
+
+        # Of all tasks that wait, one waits for the device, and reads for all.
+        self._consumer = _Waiter(None)
+        self._leader: _Waiter | None = None
+        self._leader_scope: CancelScope | None = None
+        self._followers: dict[_Waiter, None] = {}
+        self._token: Any = None
+
+        # Whether events are looked at when they are read: since somebody has waited
+        # for a region, a region has no state, or ends with its report.
+        self._is_attentive = False
+        self._is_recording = False
+        self._has_stateless = Feature.STATE not in device.features
+        self._once_count = 0
+        # Of regions without a state: those with a report since they were valid, and
+        # the generation of the last LAST that was read.
+        self._stale: set[Region] = set()
+        self._drained = 0
+        self._pay_attention()
         track(self)
 
     @property
@@ -163,6 +213,11 @@ class Notifier:
     def backend(self) -> str:
         """The backend in use: ``"driver"`` or ``"embedded"``."""
         return self._device.backend
+
+    @property
+    def features(self) -> Feature:
+        """What the backend can do beyond reporting that something has changed."""
+        return self._device.features
 
     @property
     def regions(self) -> Mapping[int, Region]:
@@ -185,8 +240,9 @@ class Notifier:
         """Whether there were invalidations since the last :class:`Last` event.
 
         While it is false, all that was ever reported has been received, and no
-        region has changed since. A load from memory, no system call; only the
-        first look after a change takes longer.
+        region has changed since. (Received by the iterator or its like; as long as
+        none was ever used, by those who wait for regions.) A load from memory, no
+        system call; only the first look after a change takes longer.
 
         On the embedded backend that is true of changes whose call has returned;
         see :meth:`fence`.
@@ -209,12 +265,25 @@ class Notifier:
 
     @overload
     def register(
-        self, buffer: BufferLike, /, *, cookie: int | None = None
+        self,
+        buffer: BufferLike,
+        /,
+        *,
+        cookie: int | None = None,
+        causes: Cause | None = None,
+        once: bool = False,
     ) -> Region: ...
 
     @overload
     def register(
-        self, start: int, end: int, /, *, cookie: int | None = None
+        self,
+        start: int,
+        end: int,
+        /,
+        *,
+        cookie: int | None = None,
+        causes: Cause | None = None,
+        once: bool = False,
     ) -> Region: ...
 
     def register(
@@ -224,6 +293,8 @@ class Notifier:
         /,
         *,
         cookie: int | None = None,
+        causes: Cause | None = None,
+        once: bool = False,
     ) -> Region:
         """Watch a buffer's memory, or the addresses from start to end.
 
@@ -237,12 +308,19 @@ class Notifier:
         :param end: address behind the last byte
         :param cookie: a number of 64 bits to name the region, unique within the
             notifier; chosen if left out
+        :param causes: what to report; None is everything. Other changes do not raise
+            the generation, nor end :attr:`Region.valid`. Who asks for UNMAP or MOVE
+            gets both; the end of the process is reported in any case
+        :param once: the region ends with its first event: it is unregistered when
+            that was received
         :returns: the region, a context manager that unregisters it
         :raises InvalidBufferError: if the buffer is empty or not contiguous
         :raises InvalidRangeError: unless 0 <= start < end < 2**64, or if the
             cookie does not fit 64 bits
         :raises DuplicateCookieError: if the cookie names a region already
         :raises TooManyRegionsError: if the backend's limit is reached
+        :raises InvalidCauseError: if *causes* are none, or have FOREIGN in them
+        :raises UnsupportedFeatureError: if the device cannot do that
         :raises UnwatchableRangeError: if the embedded backend cannot watch what
             is mapped there, or if nothing is
         :raises RangeBusyError: if another userfaultfd owns what is mapped there
@@ -266,8 +344,20 @@ class Notifier:
                         f"cookie {cookie} names {self._regions[cookie]!r} already: "
                         "unregister that one first, or choose another"
                     )
-            self._device.register(start, end, cookie)
-            region = self._regions[cookie] = Region(cookie, start, end, self)
+            region = Region(cookie, start, end, self, causes=causes, once=once)
+            region._is_recorded = self._is_recording
+            if once:
+                # Before its report can be read.
+                self._once_count += 1
+                self._pay_attention()
+            try:
+                self._device.register(start, end, cookie, causes=causes, once=once)
+            except BaseException:
+                self._once_count -= once
+                raise
+            self._regions[cookie] = region
+            region._page, region._index = self._device.watch_word(cookie)
+            self._take_baseline(region)
         return region
 
     def unregister(self, cookie: int) -> None:
@@ -314,14 +404,17 @@ class Notifier:
             try:
                 event = self._backlog.popleft()
             except IndexError:
-                self._backlog.extend(await self._receive(self._decode))
+                if self._has_kept:
+                    self._restore_kept()
+                else:
+                    self._backlog.extend(await self._receive(self._decode))
                 continue
             if isinstance(event, Last):
                 self._reported = event.generation
                 return event
             # It may have been unregistered while the event lay here.
-            if event.region._registered:
-                return event
+            if not event.region._withdrawn:
+                return self._received(event)
 
     def batches(self) -> AsyncIterator[list[Event]]:
         """Iterate over lists of events: all that one system call returned.
@@ -354,6 +447,7 @@ class Notifier:
         self._check_open()
         if self._receiving:
             raise BusyError
+        self._is_consumed = True
         return self._hand_out(self._take_backlog() or self._read(self._decode) or [])
 
     def close(self) -> None:
@@ -366,7 +460,9 @@ class Notifier:
             return
         self._closed = True
         self._page = _RELEASED
-        self._backlog.clear()
+        self._drop_events()
+        for waiter in self._followers:
+            waiter.wake()
         try:
             # First: nobody may keep waiting for a number that another file gets.
             self._readiness.close()
@@ -389,16 +485,63 @@ class Notifier:
         self._forked = not self._closed
         self._closed = True
         self._page = _RELEASED
-        self._backlog.clear()
+        self._drop_events()
         self._lock = threading.RLock()
+
+    def _drop_events(self) -> None:
+        self._backlog.clear()
+        self._kept.clear()
+        self._kept_last = None
 
     def _withdraw(self, region: Region, /) -> None:
         """Unregister a region of this notifier, if it is registered still."""
         with self._lock:
-            if region.registered:
+            # One that has ended with its report is not there any more.
+            if not self._closed and self._regions.get(region.cookie) is region:
                 self._device.unregister(region.cookie)
                 del self._regions[region.cookie]
+                self._once_count -= region.once
+            region._withdrawn = True
             region._registered = False
+            region._page, region._unseen = (), None
+            self._kept.pop(region, None)
+            self._stale.discard(region)
+            if region._waiters and not self._closed:
+                self._call_soon(self._wake_waiters, region)
+
+    def _is_valid(self, region: Region, /) -> bool:
+        with self._lock:
+            if self._forked:
+                raise self._gone()
+            if not region.registered or self._regions.get(region.cookie) is not region:
+                return False
+            # Loaded first, it can only be outdated.
+            word = region._page[region._index]
+            state = self._device.state(region.cookie)
+            if state is None:
+                valid = (
+                    region not in self._stale
+                    and self._device.generation == self._drained
+                )
+            else:
+                valid = state == region._baseline
+            if valid:
+                region._settled = word
+            return valid
+
+    def _take_baseline(self, region: Region) -> None:
+        """Call the region valid from now on, if nothing is being done to it."""
+        word = region._page[region._index]
+        state = self._device.state(region.cookie)
+        if state is None:
+            self._has_stateless = True
+            self._pay_attention()
+            self._stale.discard(region)
+            return
+        if state % 2:
+            region._baseline, region._settled = None, -1
+        else:
+            region._baseline, region._settled = state, word
 
     def _spent(self, region: Region, /) -> bool:
         with self._lock:
@@ -409,9 +552,12 @@ class Notifier:
     def _rearm(self, region: Region, /) -> None:
         with self._lock:
             self._check_open()
-            if not region.registered:
+            if self._regions.get(region.cookie) is not region:
                 raise UnknownCookieError(f"{region!r}: register it anew")
+            # If the device refuses, it is as invalid as before.
             self._device.rearm(region.cookie)
+            self._take_baseline(region)
+            region._unseen = None
 
     def _gone(self) -> ClosedError | ForkedError:
         if self._forked:
@@ -428,51 +574,228 @@ class Notifier:
     async def _next_batch(self) -> list[Event]:
         events = self._take_backlog()
         while not events:
-            events = await self._receive(self._decode)
+            events = await self._receive(self._decode) or self._take_backlog()
         return self._hand_out(events)
 
     async def _next_raw_batch(self) -> list[Record]:
         # What was read by another way of receiving comes first.
-        records = [as_record(event) for event in self._take_backlog()]
-        if not records:
-            records = await self._receive(unpack)
+        records: list[Record] = []
+        while not records:
+            records = [as_record(event) for event in self._take_backlog()]
+            records = records or await self._receive(unpack)
         kind, _, _, _, value = records[-1]
         if kind == LAST:
             self._reported = value
         return records
 
     def _take_backlog(self) -> list[Event]:
+        self._restore_kept()
         events = [
-            e for e in self._backlog if isinstance(e, Last) or e.region.registered
+            e for e in self._backlog if isinstance(e, Last) or not e.region._withdrawn
         ]
         self._backlog.clear()
         return events
 
     def _hand_out(self, events: list[Event]) -> list[Event]:
+        if self._is_attentive:
+            for event in events:
+                if isinstance(event, Inval):
+                    self._received(event)
         if events and isinstance(last := events[-1], Last):
             self._reported = last.generation
         return events
 
+    def _received(self, event: Inval) -> Inval:
+        if event.region.once:
+            event.region._registered = False
+        return event
+
+    # What is read for others.
+
+    @property
+    def _has_kept(self) -> bool:
+        return bool(self._kept) or self._kept_last is not None
+
+    def _keep(self, events: list[Event]) -> None:
+        """Keep for the iterator what somebody else has read."""
+        for event in events:
+            if isinstance(event, Inval):
+                self._kept[event.region] = _merged(self._kept.get(event.region), event)
+            else:
+                self._kept_last = event
+                if not self._is_consumed:
+                    self._reported = event.generation
+
+    def _restore_kept(self) -> None:
+        if self._has_kept:
+            self._backlog.extend(self._kept.values())
+            self._kept.clear()
+            if self._kept_last is not None:
+                self._backlog.append(self._kept_last)
+                self._kept_last = None
+
+    def _pay_attention(self) -> None:
+        self._is_attentive = (
+            self._is_recording or self._has_stateless or self._once_count > 0
+        )
+
+    def _attend(self, events: list[Event]) -> None:
+        """Note what was read, and tell those who wait for a region."""
+        for event in events:
+            if isinstance(event, Last):
+                self._drained = event.generation
+                continue
+            region = event.region
+            if region.once and self._regions.get(region.cookie) is region:
+                # The device has unregistered it.
+                del self._regions[region.cookie]
+                self._once_count -= 1
+            if self._has_stateless:
+                self._stale.add(region)
+            if self._is_recording:
+                region._unseen = _merged(region._unseen, event)
+                for waiter in cast("list[_Waiter]", region._waiters):
+                    waiter.event = _merged(waiter.event, event)
+                    self._wake(waiter)
+        self._pay_attention()
+
+    # Tasks that wait for regions.
+
+    async def _next_report(self, region: Region, /) -> Inval:
+        """Wait for a report of the region, reading for all others meanwhile."""
+        self._check_open()
+        if not self._is_recording:
+            self._token = current_token()
+            self._is_recording = self._is_attentive = True
+        waiter = _Waiter(region)
+        waiters = cast("list[_Waiter]", region._waiters)
+        waiters.append(waiter)
+        try:
+            await checkpoint()
+            if not region._is_recorded:
+                self._look_back(region)
+            while True:
+                self._check_open()
+                event = waiter.event or region._unseen
+                if event is not None:
+                    break
+                if not region.registered:
+                    raise UnknownCookieError(
+                        f"{region!r}: there is nothing to wait for"
+                    )
+                if self._leader is None:
+                    await self._lead(waiter)
+                else:
+                    await self._follow(waiter)
+        finally:
+            waiters.remove(waiter)
+            self._appoint()
+        region._unseen = None
+        return self._received(event)
+
+    def _look_back(self, region: Region) -> None:
+        """Find out what the iterator has received before anybody waited."""
+        region._is_recorded = True
+        if self._leader is None:
+            self._keep(self._read(self._decode) or [])
+        if region._unseen is None and region.registered and not region.valid:
+            region._unseen = Inval(region, region.start, region.end, exact=False)
+
+    async def _lead(self, waiter: _Waiter) -> None:
+        """Wait for the device, and read for everybody, until woken."""
+        self._leader = waiter
+        try:
+            in_vain = 0
+            while waiter.event is None and waiter.region is not None:
+                if not waiter.region.registered:
+                    return
+                events = self._read(self._decode)
+                if events is None:
+                    with CancelScope() as self._leader_scope:
+                        if in_vain > _VAIN_WAKE_UPS:
+                            await sleep(_VAIN_PAUSE)
+                        await self._readiness.wait()
+                    self._leader_scope = None
+                    in_vain += 1
+                    continue
+                in_vain = 0
+                self._keep(events)
+                if self._has_kept:
+                    self._wake_consumer()
+                # Others may have to go on with what they got.
+                await checkpoint()
+        finally:
+            self._leader = self._leader_scope = None
+
+    async def _follow(self, waiter: _Waiter) -> None:
+        """Wait until woken by the one who reads."""
+        waiter.flag = Flag()
+        self._followers[waiter] = None
+        try:
+            await waiter.flag.wait()
+        finally:
+            self._followers.pop(waiter, None)
+            waiter.flag = None
+
+    def _wake(self, waiter: _Waiter) -> None:
+        if waiter is not self._leader:
+            waiter.wake()
+        elif self._leader_scope is not None:
+            self._leader_scope.cancel()
+
+    def _wake_consumer(self) -> None:
+        if self._consumer in self._followers:
+            self._consumer.wake()
+
+    def _wake_waiters(self, region: Region) -> None:
+        for waiter in cast("list[_Waiter]", region._waiters):
+            self._wake(waiter)
+
+    def _appoint(self) -> None:
+        """Have somebody else read, if nobody does."""
+        if self._leader is None and self._followers:
+            next(iter(self._followers)).wake()
+
+    def _call_soon(self, call: Callable[..., object], *arguments: object) -> None:
+        """Call it in the event loop, from whichever thread."""
+        loop = self._token.native_token
+        # That of asyncio, or trio's token.
+        soon = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
+        soon(call, *arguments)
+
     async def _receive(self, decode: Callable[[memoryview], list[T]]) -> list[T]:
-        """Wait for something to read, and return it."""
+        """Wait for something to read, and return it.
+
+        Empty if something was kept that others have read.
+        """
         self._check_open()
         if self._receiving:
             raise BusyError
-        self._receiving = True
+        self._receiving = self._is_consumed = True
         try:
             # Before the read: an await behind it could lose what was read.
             await checkpoint()
             in_vain = 0
-            while (items := self._read(decode)) is None:
-                if in_vain > _VAIN_WAKE_UPS:
-                    await sleep(_VAIN_PAUSE)
-                await self._readiness.wait()
-                in_vain += 1
+            while not self._has_kept:
+                self._check_open()
+                if self._leader is not None:
+                    await self._follow(self._consumer)
+                    continue
+                self._leader = self._consumer
+                while (items := self._read(decode)) is None:
+                    if in_vain > _VAIN_WAKE_UPS:
+                        await sleep(_VAIN_PAUSE)
+                    await self._readiness.wait()
+                    in_vain += 1
+                return items
         except ProcessGoneError:
             raise StopAsyncIteration from None
         finally:
             self._receiving = False
-        return items
+            if self._leader is self._consumer:
+                self._leader = None
+            self._appoint()
+        return []
 
     def _read(self, decode: Callable[[memoryview], list[T]]) -> list[T] | None:
         """Return what one read gave; None: nothing yet."""
@@ -487,7 +810,22 @@ class Notifier:
                     "the watched process has ended or called exec, "
                     "and everything that was reported about it was received",
                 )
-            return decode(self._buffer[:size])
+            data = self._buffer[:size]
+            if self._is_attentive:
+                events = self._decode(data)
+                self._attend(events)
+                if decode is self._decode:
+                    return cast("list[T]", events)
+            return decode(data)
+
+
+def _merged(old: Inval | None, new: Inval) -> Inval:
+    """Return one event for both."""
+    if old is None:
+        return new
+    region = new.region
+    flags = (old.flags | new.flags) & ~HINT
+    return Inval(region, region.start, region.end, exact=False, flags=flags)
 
 
 class _Batches(Generic[T]):

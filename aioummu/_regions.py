@@ -6,10 +6,15 @@ import ctypes
 from operator import index
 from typing import TYPE_CHECKING, Protocol
 
-from aioummu._errors import InvalidBufferError, InvalidRangeError
+from aioummu._errors import (
+    InvalidBufferError,
+    InvalidRangeError,
+    ProcessGoneError,
+    UnknownCookieError,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, MutableSequence
     from types import TracebackType
     from typing import Any, Self, TypeAlias
 
@@ -20,6 +25,9 @@ if TYPE_CHECKING:
 
         @property
         def __array_interface__(self) -> Mapping[str, Any]: ...
+
+    from aioummu._device import Page
+    from aioummu._records import Cause, Inval
 
     BufferLike: TypeAlias = Buffer | SupportsArrayInterface
 
@@ -40,6 +48,10 @@ class RegionOwner(Protocol):
 
     def _rearm(self, region: Region, /) -> None: ...
 
+    def _is_valid(self, region: Region, /) -> bool: ...
+
+    async def _next_report(self, region: Region, /) -> Inval: ...
+
 
 class Region:
     """A watched range of addresses, as returned by ``Notifier.register()``.
@@ -50,19 +62,65 @@ class Region:
             ...
 
     It holds addresses only: the memory may be freed or resized while it is
-    watched, which is what gets reported.
+    watched, which is what gets reported. Iterating over a region waits for its own
+    events, whatever else is waited for::
 
-    Synchronization: may be used by any thread.
+        async for event in region:
+            ...
+
+    Synchronization: may be used by any thread; waiting for events belongs to the
+    notifier's event loop, where any number of tasks may do so at the same time.
     """
 
-    __slots__ = ("__weakref__", "_cookie", "_end", "_owner", "_registered", "_start")
+    __slots__ = (
+        "__weakref__",
+        "_baseline",
+        "_causes",
+        "_cookie",
+        "_end",
+        "_index",
+        "_is_recorded",
+        "_once",
+        "_owner",
+        "_page",
+        "_registered",
+        "_settled",
+        "_start",
+        "_unseen",
+        "_waiters",
+        "_withdrawn",
+    )
 
-    def __init__(self, cookie: int, start: int, end: int, owner: RegionOwner) -> None:
+    def __init__(  # noqa: PLR0913 - made by the notifier only
+        self,
+        cookie: int,
+        start: int,
+        end: int,
+        owner: RegionOwner,
+        *,
+        causes: Cause | None = None,
+        once: bool = False,
+    ) -> None:
         self._cookie = cookie
         self._start = start
         self._end = end
         self._owner = owner
+        self._causes = causes
+        self._once = once
         self._registered = True
+        # Unregistered by the program: what is reported yet is dropped.
+        self._withdrawn = False
+        # Where its validity can be seen by a load: while page[index] is settled, the
+        # region is valid. Not set: never, since there is no such index.
+        self._page: Page | tuple[()] = ()
+        self._index = 0
+        self._settled = -1
+        # The state at which it is valid; None: it has no state, or is not valid.
+        self._baseline: int | None = None
+        # What was reported since a waiter received something, if that is recorded.
+        self._is_recorded = False
+        self._unseen: Inval | None = None
+        self._waiters: MutableSequence[object] = []
 
     @property
     def cookie(self) -> int:
@@ -85,6 +143,47 @@ class Region:
         return self._registered and not self._owner.closed
 
     @property
+    def causes(self) -> Cause | None:
+        """The causes that it asks for; None is all."""
+        return self._causes
+
+    @property
+    def once(self) -> bool:
+        """Whether it ends with its first event."""
+        return self._once
+
+    @property
+    def valid(self) -> bool:
+        """Whether the memory is surely what it was at register() or :meth:`rearm`.
+
+        It becomes false with the first change that the region asks for, and does not
+        become true again by itself, until :meth:`rearm`. Also false while something
+        is being done to the memory, when a part is :attr:`spent`, and when the region
+        is not registered. So::
+
+            region = notifier.register(buffer)
+            ...                     # pin it, or register it with the hardware
+            if region.valid: ...    # still as good
+
+        where a false value proves nothing, and a true one everything.
+
+        A load from memory, no system call, while nothing has happened. On the driver
+        that is a word of this region alone. On the embedded backend it is one for
+        all, and a look after a change of anything else takes longer, once; changes
+        are included whose call has returned, see ``Notifier.fence()``. A device
+        without Feature.STATE knows about regions only what was reported: valid then
+        means that the notifier has received all reports, none of them for this region.
+
+        :raises ForkedError: in a forked child
+        """
+        try:
+            if self._page[self._index] == self._settled:
+                return True
+        except (IndexError, ValueError):
+            pass
+        return self._owner._is_valid(self)
+
+    @property
     def spent(self) -> bool:
         """Whether a part of it is not watched any more, until :meth:`rearm`.
 
@@ -98,11 +197,12 @@ class Region:
         return self._registered and self._owner._spent(self)
 
     def rearm(self) -> None:
-        """Watch what is mapped at the region's addresses now.
+        """Watch what is mapped at the region's addresses now, and call it valid.
 
-        Does nothing unless the region is :attr:`spent`. What happened before
-        this call returned may not be reported: read, pin or register the memory
-        elsewhere after it, not before.
+        What happened before this call returned may not be reported: read, pin or
+        register the memory elsewhere after it, not before. :attr:`valid` is true
+        then, unless something is being done to the memory at this moment: try again
+        later, or register it anew.
 
         :raises UnknownCookieError: if the region is not registered any more
         :raises UnwatchableRangeError: if there is something that cannot be
@@ -114,6 +214,32 @@ class Region:
         """
         self._owner._rearm(self)
 
+    async def invalidated(self) -> Inval:
+        """Wait for an event of this region, and return it.
+
+        Returns at once if there was one since this method last returned, or else
+        since register() or :meth:`rearm`; several make one, whose range is the whole
+        region. Any number of tasks may wait, and all receive the event. So does the
+        notifier's iterator, if there is one: none takes anything from another. A
+        cancelled task loses nothing for the others, nor for a later call.
+
+        :raises UnknownCookieError: if the region is not registered, or any more
+        :raises ProcessGoneError: if the watched process has ended, and everything
+            was received
+        :raises ClosedError: if the notifier is closed
+        :raises ForkedError: in a forked child
+        """
+        return await self._owner._next_report(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Inval:
+        try:
+            return await self._owner._next_report(self)
+        except (UnknownCookieError, ProcessGoneError):
+            raise StopAsyncIteration from None
+
     def unregister(self) -> None:
         """Stop watching; reports that nobody has received yet are dropped.
 
@@ -121,7 +247,7 @@ class Region:
 
         :raises DeviceError: if the driver refuses
         """
-        if self._registered:
+        if not self._withdrawn:
             self._owner._withdraw(self)
 
     def __enter__(self) -> Self:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import anyio
 from anyio.lowlevel import checkpoint
 
+import aioummu
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from _typeshed import WriteableBuffer
 
-    import aioummu
 
 # By hand, not from the library: it is what the tests compare with.
 RECORD = Struct("=IIQQQ")
@@ -44,6 +45,7 @@ class PipeDevice:
         self._memory = bytearray(8)
         self.page = memoryview(self._memory).cast("Q")
         self.backend = "pipe"
+        self.features = aioummu.Feature(0)
         self.generation = 0
         self.regions: dict[int, tuple[int, int]] = {}
         self.spent_cookies: set[int] = set()
@@ -85,9 +87,26 @@ class PipeDevice:
     def fileno(self) -> int:
         return self._receiver
 
-    def register(self, start: int, end: int, cookie: int) -> None:
+    def register(
+        self,
+        start: int,
+        end: int,
+        cookie: int,
+        *,
+        causes: aioummu.Cause | None = None,
+        once: bool = False,
+    ) -> None:
         assert cookie not in self.regions
+        assert causes is None
+        assert not once
         self.regions[cookie] = start, end
+
+    def state(self, cookie: int) -> None:
+        assert cookie in self.regions
+
+    def watch_word(self, cookie: int) -> tuple[aioummu.Page, int]:
+        assert cookie in self.regions
+        return self.page, 0
 
     def unregister(self, cookie: int) -> None:
         del self.regions[cookie]
