@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 import aioummu
-from aioummu import EmbeddedDevice, Inval, Last, Notifier
+from aioummu import (
+    Cause,
+    EmbeddedDevice,
+    Feature,
+    Inval,
+    InvalidCauseError,
+    Last,
+    Notifier,
+    cause_of,
+)
 from aioummu._regions import address_range
 from tests.memory import MADV_DONTNEED, PAGE, Pages, shmat, shmdt
 from tests.operations import kernel
@@ -311,6 +320,144 @@ def test_an_engine_whose_userfaultfd_was_closed_says_so(pages: Pages) -> None:
         region = notifier.register(pages.start, pages.end)
         pages.madvise(MADV_DONTNEED)
         expect_one_report(notifier, region)
+
+
+# Filters, one-shot regions, states.
+
+
+@pytest.fixture
+def device() -> Iterator[EmbeddedDevice]:
+    with closing(EmbeddedDevice()) as device:
+        yield device
+
+
+def read_all(device: EmbeddedDevice) -> list[aioummu.Record]:
+    """Return all records but LAST, which has to be there if any is."""
+    buffer = bytearray(64 * aioummu.RECORD_SIZE)
+    size = device.readinto(buffer)
+    if size is None:
+        return []
+    *reports, last = aioummu.unpack(memoryview(buffer)[:size])
+    assert last == (aioummu.LAST, 0, 0, 0, device.generation)
+    return reports
+
+
+def calm_state(device: EmbeddedDevice, cookie: int) -> int:
+    """Return the state once nothing may be being done to the region any more."""
+    deadline = time.monotonic() + LIMIT
+    while (state := device.state(cookie)) & 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return state
+
+
+def test_it_can_do_everything_that_features_name(device: EmbeddedDevice) -> None:
+    assert device.features == ~Feature(0)
+
+
+@pytest.mark.parametrize("cause", [Cause.UNMAP, Cause.MOVE])
+def test_a_filter_hides_dropped_pages(
+    device: EmbeddedDevice, pages: Pages, cause: Cause
+) -> None:
+    device.register(pages.start, pages.end, 1, causes=cause)
+    pages.madvise(MADV_DONTNEED)
+    assert read_all(device) == []
+    assert device.generation == 0
+    assert device.state(1) == 0
+    pages.munmap(pages.page(0))
+    [(_, flags, start, end, cookie)] = read_all(device)
+    assert (cause_of(flags), start, end, cookie) == (Cause.UNMAP, *pages.page(0), 1)
+
+
+def test_an_unmapping_that_a_filter_hides_is_seen_in_spent_and_state(
+    device: EmbeddedDevice, pages: Pages
+) -> None:
+    device.register(pages.start, pages.end, 1, causes=Cause.CLEAR)
+    pages.map_over(pages.page(0))
+    assert read_all(device) == []
+    assert device.generation == 0
+    assert device.spent(1)
+    assert device.state(1) == 3
+    device.rearm(1)
+    assert device.state(1) == 2
+    pages.madvise(MADV_DONTNEED, pages.page(0))
+    [(_, flags, *_)] = read_all(device)
+    assert cause_of(flags) == Cause.CLEAR
+
+
+@pytest.mark.parametrize(
+    "causes", [Cause(0), Cause.FOREIGN, Cause.CLEAR | Cause.FOREIGN]
+)
+def test_causes_that_nobody_can_ask_for_are_refused(
+    device: EmbeddedDevice, pages: Pages, causes: Cause
+) -> None:
+    with pytest.raises(InvalidCauseError, match="None is for all"):
+        device.register(pages.start, pages.end, 1, causes=causes)
+    device.register(pages.start, pages.end, 1, causes=~Cause.FOREIGN)
+
+
+def test_a_region_for_once_ends_with_the_read_of_its_report(
+    device: EmbeddedDevice, pages: Pages
+) -> None:
+    device.register(pages.start, pages.end, 1, once=True)
+    device.register(pages.start, pages.end, 2, once=True)
+    pages.madvise(MADV_DONTNEED, pages.page(0))
+    pages.madvise(MADV_DONTNEED, pages.page(2))
+    # Until it is read, it is there, and has one report.
+    assert not device.spent(1)
+    room = bytearray(aioummu.RECORD_SIZE)
+    assert device.readinto(room) == len(room)
+    [(_, flags, start, end, cookie)] = aioummu.unpack(room)
+    assert (flags & aioummu.HINT, start, end) == (0, pages.start, pages.end)
+    assert cookie == 1
+    with pytest.raises(aioummu.UnknownCookieError):
+        device.unregister(1)
+    device.unregister(2)
+    assert read_all(device) == []
+    device.register(pages.start, pages.end, 1)
+
+
+def test_a_state_rises_with_every_change_and_never_falls(
+    device: EmbeddedDevice, pages: Pages
+) -> None:
+    device.register(*pages.part(0, 2), 1)
+    device.register(*pages.part(2, 4), 2)
+    assert device.state(1) == 0
+    pages.madvise(MADV_DONTNEED, pages.page(0))
+    assert calm_state(device, 1) == 2
+    assert len(read_all(device)) == 1
+    device.rearm(1)
+    assert calm_state(device, 1) == 2
+    pages.madvise(MADV_DONTNEED)
+    assert calm_state(device, 1) == 4
+    pages.map_over(pages.page(0))
+    # Nobody watches what is there now.
+    assert device.state(1) == 7
+    device.rearm(1)
+    assert device.state(1) == 6
+    assert device.state(2) == 2
+
+
+def test_the_word_to_watch_moves_with_every_state(
+    device: EmbeddedDevice, pages: Pages
+) -> None:
+    device.register(pages.start, pages.end, 1)
+    page, index = device.watch_word(1)
+    for number in range(4):
+        word, state = page[index], calm_state(device, 1)
+        assert page[index] == word
+        pages.madvise(MADV_DONTNEED, pages.page(number))
+        assert page[index] != word
+        assert device.state(1) > state
+
+
+def test_a_state_of_nothing_is_an_error(device: EmbeddedDevice, pages: Pages) -> None:
+    with pytest.raises(aioummu.UnknownCookieError):
+        device.state(1)
+    device.register(pages.start, pages.end, 1)
+    device.close()
+    with pytest.raises(aioummu.ClosedError):
+        device.state(1)
 
 
 # One engine for all notifiers.
