@@ -20,6 +20,7 @@
 #define COMPLAINTS	20
 
 struct tally tally;
+__thread const char *doing_now = "";
 
 static void print(const char *prefix, const char *format, va_list arguments)
 {
@@ -134,8 +135,12 @@ static void judge(struct expectation *expectation)
 		complain(&tally.missed,
 			 "missed: units %" PRIx64 " of %" PRIx64
 			 " changed in region %" PRIx64 "-%" PRIx64
-			 ", generation %" PRIu64, missing, expectation->needed,
-			 watch->start, watch->end, expectation->generation);
+			 ", generation %" PRIu64 ", %s, state %" PRIu64
+			 " before and %" PRIu64 " now, spent: %d", missing,
+			 expectation->needed, watch->start, watch->end,
+			 expectation->generation, expectation->made_by,
+			 expectation->region_state, state_of(watch),
+			 aioummu_spent(watch->watcher->number, watch->cookie));
 	TAILQ_REMOVE(&watch->watcher->expected, expectation, link);
 	atomic_store(&expectation->state, NOTHING_EXPECTED);
 }
@@ -304,6 +309,7 @@ void expect(struct expectation *expectation, struct watch *watch,
 	expectation->covered = 0;
 	expectation->generation = 0;
 	expectation->region_state = state_of(watch);
+	expectation->made_by = doing_now;
 	pthread_mutex_lock(&watcher->mutex);
 	atomic_store(&expectation->state, UNDER_WAY);
 	TAILQ_INSERT_TAIL(&watcher->expected, expectation, link);

@@ -61,6 +61,7 @@ enum expectation_state {
  * @covered:	units that reports since then cover
  * @generation:	that of the notifier once the change had returned
  * @region_state:	that of the region before the change
+ * @made_by:	what the thread was doing that made it
  * @state:	how far it is
  * @link:	in watcher.expected
  */
@@ -70,6 +71,7 @@ struct expectation {
 	uint64_t				covered;
 	uint64_t				generation;
 	uint64_t				region_state;
+	const char				*made_by;
 	_Atomic(enum expectation_state)		state;
 	TAILQ_ENTRY(expectation)		link;
 };
@@ -116,6 +118,9 @@ struct tally {
 };
 
 extern struct tally tally;
+
+/* For messages: what this thread is doing. */
+extern __thread const char *doing_now;
 
 /* Prints a line.  Allocates nothing, and takes no lock. */
 __attribute__((format(printf, 1, 2))) void say(const char *format, ...);

@@ -162,6 +162,7 @@ static __thread struct worker *self;
 
 static void step(struct actor *actor, const char *doing)
 {
+	doing_now = doing;
 	atomic_store_explicit(&actor->doing, doing, memory_order_relaxed);
 	atomic_fetch_add_explicit(&actor->steps, 1, memory_order_relaxed);
 }
@@ -204,6 +205,13 @@ static void pause_for(long microseconds)
 	struct timespec time = { .tv_nsec = microseconds * 1000 };
 
 	nanosleep(&time, NULL);
+}
+
+/* If it is not unmapped, nothing can be reported. */
+static void must_unmap(uint64_t start, uint64_t size)
+{
+	if (munmap(pointer(start), size))
+		complain(&tally.wrong, "munmap: %s", strerror(errno));
 }
 
 /* ----------------------------------------------------------- expectations --- */
@@ -440,7 +448,7 @@ static void unmap_units(struct worker *worker, struct slot *slot,
 {
 	struct change change = begin(worker, slot, bits(first, count));
 
-	munmap(pointer(slot->base + first * slot->unit), count * slot->unit);
+	must_unmap(slot->base + first * slot->unit, count * slot->unit);
 	slot->mapped &= ~bits(first, count);
 	slot->whole = false;
 	end_gone(&change);
@@ -803,7 +811,7 @@ static void unmap_in_handler(int signal)
 	(void)signal;
 	trap = self ? atomic_exchange(&self->trap, 0) : 0;
 	if (trap)
-		munmap(pointer(trap), PAGE);
+		must_unmap(trap, PAGE);
 	errno = error;
 }
 
@@ -1002,10 +1010,11 @@ static bool watch_as_heir(struct actor *actor, uint64_t page)
 	if (one_in(actor, 2)) {
 		mapped = one_in(actor, 2);
 		expect(&expectation, watch, 1);
-		if (mapped)
-			madvise(pointer(page), PAGE, MADV_DONTNEED);
-		else
-			munmap(pointer(page), PAGE);
+		if (!mapped)
+			must_unmap(page, PAGE);
+		else if (madvise(pointer(page), PAGE, MADV_DONTNEED))
+			complain(&tally.wrong, "madvise of a page: %s",
+				 strerror(errno));
 		returned(&expectation);
 		watcher_drain(&heir_watcher);
 		if (atomic_load(&expectation.state) != NOTHING_EXPECTED)
@@ -1056,11 +1065,13 @@ static void *give_away(uint64_t page)
 		target = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS,
 			      -1, 0);
 	if (target && target != MAP_FAILED) {
-		mremap(pointer(page), PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
-		       target);
+		if (mremap(pointer(page), PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
+			   target) == MAP_FAILED)
+			complain(&tally.wrong, "mremap of a page: %s",
+				 strerror(errno));
 		return target;
 	}
-	munmap(pointer(page), PAGE);
+	must_unmap(page, PAGE);
 	return NULL;
 }
 
