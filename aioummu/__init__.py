@@ -16,6 +16,7 @@ loop.
 """
 
 from aioummu._backends import Backend, open_device
+from aioummu._cache import CacheStatistics, RegistrationCache
 from aioummu._device import DEFAULT_PATH, Device, DeviceLike, Page
 from aioummu._embedded import EmbeddedDevice
 from aioummu._errors import (
@@ -37,6 +38,7 @@ from aioummu._errors import (
     TooManyRegionsError,
     UmmunotifyError,
     UnknownCookieError,
+    UnstableMemoryError,
     UnsupportedFeatureError,
     UnsupportedKernelError,
     UnwatchableRangeError,
@@ -68,6 +70,7 @@ __all__ = [
     "RECORD_SIZE",
     "Backend",
     "BusyError",
+    "CacheStatistics",
     "Cause",
     "ClosedError",
     "Device",
@@ -94,10 +97,12 @@ __all__ = [
     "ReadinessKind",
     "Record",
     "Region",
+    "RegistrationCache",
     "SubinterpreterError",
     "TooManyRegionsError",
     "UmmunotifyError",
     "UnknownCookieError",
+    "UnstableMemoryError",
     "UnsupportedFeatureError",
     "UnsupportedKernelError",
     "UnwatchableRangeError",

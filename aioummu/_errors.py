@@ -21,6 +21,7 @@
     +-- InvalidBufferError (BufferError)
     +-- InvalidRangeError (ValueError)
     +-- InvalidCauseError (ValueError)
+    +-- UnstableMemoryError (RuntimeError)
     +-- DuplicateCookieError (ValueError)
     +-- UnknownCookieError (KeyError)
 
@@ -114,6 +115,10 @@ class InvalidRangeError(UmmunotifyError, ValueError):
 
 class InvalidCauseError(UmmunotifyError, ValueError):
     """The causes are none that a region can ask for."""
+
+
+class UnstableMemoryError(UmmunotifyError, RuntimeError):
+    """The memory changed whenever it was about to be registered."""
 
 
 class DuplicateCookieError(UmmunotifyError, ValueError):

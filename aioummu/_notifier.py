@@ -111,17 +111,26 @@ async def open_notifier(
         notifier.close()
 
 
-class _Waiter:
+class Waiter:
     """A task that waits until another one has read for it."""
 
-    __slots__ = ("event", "flag", "region")
+    __slots__ = ("event", "flag", "is_stopped", "region")
 
     def __init__(self, region: Region | None) -> None:
         self.region = region
+        self.is_stopped = False
         #: What was reported for the region since the task began to wait.
         self.event: Inval | None = None
         #: Set to wake it, while another one reads.
         self.flag: Flag | None = None
+
+    def is_done(self) -> bool:
+        region = self.region
+        return (
+            self.is_stopped
+            or self.event is not None
+            or (region is not None and not region.registered)
+        )
 
     def wake(self) -> None:
         if self.flag is not None:
@@ -185,16 +194,17 @@ class Notifier:
         self._is_consumed = False
 
         # Of all tasks that wait, one waits for the device, and reads for all.
-        self._consumer = _Waiter(None)
-        self._leader: _Waiter | None = None
+        self._consumer = Waiter(None)
+        self._leader: Waiter | None = None
         self._leader_scope: CancelScope | None = None
-        self._followers: dict[_Waiter, None] = {}
+        self._followers: dict[Waiter, None] = {}
         self._token: Any = None
 
         # Whether events are looked at when they are read: since somebody has waited
         # for a region, a region has no state, or ends with its report.
         self._is_attentive = False
         self._is_recording = False
+        self._has_listeners = False
         self._has_stateless = Feature.STATE not in device.features
         self._once_count = 0
         # Of regions without a state: those with a report since they were valid, and
@@ -636,7 +646,10 @@ class Notifier:
 
     def _pay_attention(self) -> None:
         self._is_attentive = (
-            self._is_recording or self._has_stateless or self._once_count > 0
+            self._is_recording
+            or self._has_listeners
+            or self._has_stateless
+            or self._once_count > 0
         )
 
     def _attend(self, events: list[Event]) -> None:
@@ -654,10 +667,43 @@ class Notifier:
                 self._stale.add(region)
             if self._is_recording:
                 region._unseen = _merged(region._unseen, event)
-                for waiter in cast("list[_Waiter]", region._waiters):
+                for waiter in cast("list[Waiter]", region._waiters):
                     waiter.event = _merged(waiter.event, event)
                     self._wake(waiter)
+            if region._listener is not None:
+                region._listener(region)
         self._pay_attention()
+
+    # For the registration cache.
+
+    def _listen(self, region: Region, listener: Callable[[Region], object]) -> None:
+        """Have it called whenever somebody has read a report for the region."""
+        region._listener = listener
+        self._has_listeners = self._is_attentive = True
+
+    def _read_for_others(self) -> None:
+        """Read what there is, and keep it for those who receive events."""
+        while events := self._read(self._decode):
+            self._keep(events)
+            self._wake_consumer()
+            if isinstance(events[-1], Last):
+                break
+
+    async def _read_until_stopped(self, waiter: Waiter) -> None:
+        """Read for all others, until stop() is called with the waiter."""
+        try:
+            while not waiter.is_done():
+                self._check_open()
+                if self._leader is None:
+                    await self._lead(waiter)
+                else:
+                    await self._follow(waiter)
+        finally:
+            self._appoint()
+
+    def _stop(self, waiter: Waiter) -> None:
+        waiter.is_stopped = True
+        self._wake(waiter)
 
     # Tasks that wait for regions.
 
@@ -667,8 +713,8 @@ class Notifier:
         if not self._is_recording:
             self._token = current_token()
             self._is_recording = self._is_attentive = True
-        waiter = _Waiter(region)
-        waiters = cast("list[_Waiter]", region._waiters)
+        waiter = Waiter(region)
+        waiters = cast("list[Waiter]", region._waiters)
         waiters.append(waiter)
         try:
             await checkpoint()
@@ -701,14 +747,12 @@ class Notifier:
         if region._unseen is None and region.registered and not region.valid:
             region._unseen = Inval(region, region.start, region.end, exact=False)
 
-    async def _lead(self, waiter: _Waiter) -> None:
+    async def _lead(self, waiter: Waiter) -> None:
         """Wait for the device, and read for everybody, until woken."""
         self._leader = waiter
         try:
             in_vain = 0
-            while waiter.event is None and waiter.region is not None:
-                if not waiter.region.registered:
-                    return
+            while not waiter.is_done():
                 events = self._read(self._decode)
                 if events is None:
                     with CancelScope() as self._leader_scope:
@@ -727,7 +771,7 @@ class Notifier:
         finally:
             self._leader = self._leader_scope = None
 
-    async def _follow(self, waiter: _Waiter) -> None:
+    async def _follow(self, waiter: Waiter) -> None:
         """Wait until woken by the one who reads."""
         waiter.flag = Flag()
         self._followers[waiter] = None
@@ -737,7 +781,7 @@ class Notifier:
             self._followers.pop(waiter, None)
             waiter.flag = None
 
-    def _wake(self, waiter: _Waiter) -> None:
+    def _wake(self, waiter: Waiter) -> None:
         if waiter is not self._leader:
             waiter.wake()
         elif self._leader_scope is not None:
@@ -748,7 +792,7 @@ class Notifier:
             self._consumer.wake()
 
     def _wake_waiters(self, region: Region) -> None:
-        for waiter in cast("list[_Waiter]", region._waiters):
+        for waiter in cast("list[Waiter]", region._waiters):
             self._wake(waiter)
 
     def _appoint(self) -> None:

@@ -14,7 +14,7 @@ from aioummu._errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableSequence
+    from collections.abc import Callable, Mapping, MutableSequence
     from types import TracebackType
     from typing import Any, Self, TypeAlias
 
@@ -80,6 +80,7 @@ class Region:
         "_end",
         "_index",
         "_is_recorded",
+        "_listener",
         "_once",
         "_owner",
         "_page",
@@ -120,6 +121,8 @@ class Region:
         # What was reported since a waiter received something, if that is recorded.
         self._is_recorded = False
         self._unseen: Inval | None = None
+        # Called when a report for it was read.
+        self._listener: Callable[[Region], object] | None = None
         self._waiters: MutableSequence[object] = []
 
     @property
