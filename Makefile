@@ -24,9 +24,9 @@ CHECK_KERNEL := 6.12
 marks = $(if $(filter 5.10,$1),device,device or embedded)
 
 # Beyond what the guests need: the library's extension, the driver's checks, the
-# selftests for 32 bits and in C++, and for the daemon a browser and MPI.
+# selftests for 32 bits and in C++, for the daemon a browser and MPI, and RDMA.
 PACKAGES := python3-dev python3-venv sparse gcc-multilib g++ \
-	chromium chromium-driver openmpi-bin
+	chromium chromium-driver openmpi-bin iproute2 python3-pyverbs
 
 # What the extension modules are made of.
 EXTENSIONS := $(wildcard aioummu/*_build.py engine/*.[ch]) \
