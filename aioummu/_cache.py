@@ -272,9 +272,9 @@ class RegistrationCache(Generic[R]):
         """
         if end is None:
             buffer_or_start, end = address_range(cast("BufferLike", buffer_or_start))
-        entry = self._by_start.get(buffer_or_start)  # type: ignore[call-overload]
+        entry = self._by_start.get(buffer_or_start)  # type: ignore[arg-type]
         if entry is not None and entry.end == end:
-            return entry  # type: ignore[no-any-return]
+            return entry
         return _Use(self, cast("int", buffer_or_start), end)
 
     @property
