@@ -5,33 +5,39 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from aioummu._device import DEFAULT_PATH, Device
+from aioummu._device import ALL_FEATURES, DEFAULT_PATH, Device
 from aioummu._embedded import EmbeddedDevice
 from aioummu._errors import DeviceError, NoBackendError
 
 if TYPE_CHECKING:
     import os
 
+    from aioummu._records import Feature
+
 Backend: TypeAlias = Literal["auto", "driver", "embedded"]
 
 
 def open_device(
-    backend: Backend = "auto", path: str | os.PathLike[str] | None = None
+    backend: Backend = "auto",
+    path: str | os.PathLike[str] | None = None,
+    *,
+    features: Feature = ALL_FEATURES,
 ) -> Device | EmbeddedDevice:
     """Open a device of the wanted backend.
 
     :param backend: ``"auto"`` prefers the driver, and takes the embedded backend
         where the driver cannot be used
     :param path: the driver's device, if not the usual one; never embedded then
+    :param features: what to ask the driver for, see :class:`Device`
     :raises NoBackendError: if neither can be used
     :raises DeviceError: if the wanted one cannot be used
     :raises SubinterpreterError: if that is because this is not the main interpreter
     """
     match backend:
         case "auto" if path is None:
-            return _open_any()
+            return _open_any(features)
         case "auto" | "driver":
-            return Device(DEFAULT_PATH if path is None else path)
+            return Device(DEFAULT_PATH if path is None else path, features=features)
         case "embedded" if path is None:
             return EmbeddedDevice()
         case "embedded":
@@ -42,9 +48,9 @@ def open_device(
             )
 
 
-def _open_any() -> Device | EmbeddedDevice:
+def _open_any(features: Feature) -> Device | EmbeddedDevice:
     try:
-        return Device()
+        return Device(features=features)
     except DeviceError as error:
         driver_error = error
     try:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = "/dev/ummunotify"
 
-_ALL = Feature.CAUSE | Feature.FILTER | Feature.STATE | Feature.ONCE
+ALL_FEATURES = Feature.CAUSE | Feature.FILTER | Feature.STATE | Feature.ONCE
 
 # What is tried for the area of state words; pages of it come when they are used. The
 # driver of Linux 5.10 allows the latter only. Bytes.
@@ -194,7 +194,7 @@ class Device:
         self,
         path: str | os.PathLike[str] = DEFAULT_PATH,
         *,
-        features: Feature = _ALL,
+        features: Feature = ALL_FEATURES,
     ) -> None:
         self._fd = -1
         self._forked = False
@@ -210,7 +210,7 @@ class Device:
             raise
 
     @classmethod
-    def from_fd(cls, fd: int, *, features: Feature = _ALL) -> Self:
+    def from_fd(cls, fd: int, *, features: Feature = ALL_FEATURES) -> Self:
         """Return a device for a descriptor that is open already.
 
         Typically one that another process has opened and sent here, as SCM_RIGHTS
@@ -636,7 +636,7 @@ def _negotiated(fd: int) -> Feature:
     for line in facts.splitlines():
         name, _, value = line.partition(":")
         if name == "ummunotify-features":
-            return Feature(int(value, 16) & _ALL.value)
+            return Feature(int(value, 16) & ALL_FEATURES.value)
     return Feature(0)
 
 

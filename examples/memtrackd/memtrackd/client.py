@@ -103,7 +103,9 @@ def attach(
     """
     name = name or Path(sys.argv[0] or "python").name or "python"
     path = default_socket() if socket is None else Path(socket)
-    tracker = Tracker(aioummu.open_device(backend), path, name)
+    # States are of no use here, and cost something with each change.
+    device = aioummu.open_device(backend, features=aioummu.Feature.CAUSE)
+    tracker = Tracker(device, path, name)
     try:
         tracker._attach(timeout)  # noqa: SLF001 - the same module
     except AttachError:

@@ -448,7 +448,7 @@ class _Visit:
 def _open(fd: int) -> aioummu.Device:
     """Return the device; the descriptor is left to the caller if it is none."""
     try:
-        return aioummu.Device.from_fd(fd)
+        return aioummu.Device.from_fd(fd, features=aioummu.Feature.CAUSE)
     except aioummu.DeviceError as error:
         raise _RefusedError("descriptor", error.strerror or str(error)) from error
 
