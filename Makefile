@@ -36,8 +36,8 @@ SYSTEM := .cache/system.stamp
 INSTALLED := $(VENV)/installed.stamp
 PROMETHEUS := .cache/prometheus/usr/bin/promtool
 CHECKPATCH := .cache/checkpatch/checkpatch.pl
-# The module that holds up invalidations, for the selftests.
-HOLD := $(CURDIR)/.cache/hold
+# The module that holds up invalidations, for the selftests; prints where it is.
+build_hold = $(HARNESS) build $1 --strict --source kmod/selftests/hold | tail -1
 
 
 help:
@@ -82,11 +82,9 @@ test-kernels: $(addprefix test-guest-,$(ALL_KERNELS))
 test-guest-%: $(INSTALLED)
 	@echo "== Linux $*: the driver's selftests"
 	$(MAKE) -C kmod/selftests
-	kdir=$$($(HARNESS) kdir $*) && \
-		$(MAKE) -C kmod/selftests hold KDIR="$$kdir" HOLD=$(HOLD)/$*
-	$(HARNESS) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 \
-		--env UMMUNOTIFY_HOLD=$(HOLD)/$*/ummunotify_hold.ko -- \
-		kmod/selftests/run.sh
+	hold=$$($(call build_hold,$*)) && \
+		$(HARNESS) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 \
+			--env UMMUNOTIFY_HOLD="$$hold" -- kmod/selftests/run.sh
 	@echo "== Linux $*: the library, $(call marks,$*)"
 	$(HARNESS) pytest $* -- --device -m "$(call marks,$*)" \
 		--ignore-glob="tests/test_memtrackd_*"
@@ -102,11 +100,11 @@ test-mutants: $(INSTALLED)
 	@echo "== broken drivers on Linux $(CHECK_KERNEL)"
 	$(MAKE) -C kmod/selftests
 	kdir=$$($(HARNESS) kdir $(CHECK_KERNEL)) && \
-		$(MAKE) -C kmod/selftests hold KDIR="$$kdir" HOLD=$(HOLD)/$(CHECK_KERNEL) && \
 		kmod/selftests/mutants.sh make $(CURDIR)/.cache/mutants "$$kdir"
-	$(HARNESS) run $(CHECK_KERNEL) --timeout 1800 \
-		--env UMMUNOTIFY_HOLD=$(HOLD)/$(CHECK_KERNEL)/ummunotify_hold.ko -- \
-		kmod/selftests/mutants.sh run $(CURDIR)/.cache/mutants
+	hold=$$($(call build_hold,$(CHECK_KERNEL))) && \
+		$(HARNESS) run $(CHECK_KERNEL) --timeout 1800 \
+			--env UMMUNOTIFY_HOLD="$$hold" -- \
+			kmod/selftests/mutants.sh run $(CURDIR)/.cache/mutants
 	module=$$($(HARNESS) build $(CHECK_KERNEL) | tail -1) && \
 		$(HARNESS) run $(CHECK_KERNEL) -- kmod/selftests/parameters.sh "$$module"
 

@@ -8,7 +8,7 @@
 # UMMUNOTIFY_RULE_INSTALLED=1  the udev rule is in force: it is a failure if not
 #                              everybody can open the device
 # UMMUNOTIFY_TEST_LIMIT=N      kill a test after N seconds
-# UMMUNOTIFY_HOLD=MODULE       ummunotify_hold.ko, to be loaded meanwhile
+# UMMUNOTIFY_HOLD=MODULE       ummunotify_hold.ko, made in hold/, to be loaded meanwhile
 
 cd "$(dirname "$0")" || exit 1
 
