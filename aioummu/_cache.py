@@ -198,7 +198,8 @@ class RegistrationCache(Generic[R]):
         above: a system call, which only the embedded backend needs
 
     Memory that cannot be watched is registered for each single use, see
-    :attr:`CacheStatistics.uncached`.
+    :attr:`CacheStatistics.uncached`; of that, nobody knows whether it changes while it
+    is being registered.
 
     Synchronization: belongs to the notifier's event loop; any number of tasks.
     """
@@ -421,10 +422,17 @@ class RegistrationCache(Generic[R]):
             if self._fence is not None and not self._fence():
                 return None
             # No entry without a region is in the index.
-            if cast("Region", entry.region).valid:
+            region = cast("Region", entry.region)
+            if region.valid:
                 return entry
-            self._invalidations += 1
-            self._retire(entry)
+            if self._notifier._has_stateless:
+                # What is unread is most likely about others.
+                self._notifier._read_for_others()
+                if self._is_true(region):
+                    return entry
+            if entry.is_cached:
+                self._invalidations += 1
+                self._retire(entry)
         return None
 
     def _evict(self) -> None:
@@ -521,28 +529,67 @@ class RegistrationCache(Generic[R]):
             try:
                 region = self._watch(start, end)
             except (UnwatchableRangeError, RangeBusyError, TooManyRegionsError):
-                self._uncached += 1
-                return _Entry(self, start, end, await self._call(start, end), None)
-            try:
-                is_quiet = await self._until_quiet(region)
-                registration = await self._call(start, end) if is_quiet else None
-            except BaseException:
-                region.unregister()
-                raise
-            if is_quiet and self._is_true(region) and not self._closed:
-                entry = _Entry(self, start, end, cast("R", registration), region)
-                self._add(entry)
+                entry = await self._make_unwatched(start, end)
+            else:
+                entry = await self._make_watched(region)
+            if entry is not None:
                 return entry
-            region.unregister()
-            if is_quiet:
-                self._discarded += 1
-                await self._undo(cast("R", registration))
             self._check_open()
             await checkpoint()
+            # One that covers it may have been made meanwhile.
+            entry = self._valid(start, end)
+            if entry is not None:
+                return entry
         raise UnstableMemoryError(
             f"the memory at {start:#x}-{end:#x} was changed each of the {_ATTEMPTS} "
             "times that it was registered: do not change it at the same time"
         )
+
+    async def _make_unwatched(self, start: int, end: int) -> _Entry[R] | None:
+        """Return an entry for one use; None: it was made in vain."""
+        registration = await self._call(start, end)
+        try:
+            # Perhaps there was no memory yet, or it was just being replaced.
+            self._watch(start, end).unregister()
+        except (UnwatchableRangeError, RangeBusyError, TooManyRegionsError):
+            self._uncached += 1
+            return _Entry(self, start, end, registration, None)
+        except BaseException:
+            await self._undo(registration)
+            raise
+        self._discarded += 1
+        await self._undo(registration)
+        return None
+
+    async def _make_watched(self, region: Region) -> _Entry[R] | None:
+        """Return a new entry that is in the index; None: it was made in vain."""
+        start, end = region.start, region.end
+        try:
+            if not await self._until_quiet(region):
+                region.unregister()
+                return None
+            registration = await self._call(start, end)
+        except BaseException:
+            region.unregister()
+            raise
+        try:
+            # No entry is to lie within another.
+            if (
+                self._is_true(region)
+                and not self._closed
+                and self._valid(start, end) is None
+            ):
+                entry = _Entry(self, start, end, registration, region)
+                self._add(entry)
+                return entry
+        except BaseException:
+            region.unregister()
+            await self._undo(registration)
+            raise
+        region.unregister()
+        self._discarded += 1
+        await self._undo(registration)
+        return None
 
     def _watch(self, start: int, end: int) -> Region:
         while True:
@@ -574,7 +621,11 @@ class RegistrationCache(Generic[R]):
                 return True
             await sleep(pause)
             pause = min(2 * pause + 0.0005, _LONGEST_PAUSE)
-            region.rearm()
+            try:
+                region.rearm()
+            except (UnwatchableRangeError, RangeBusyError):
+                # Not what was there when it was registered.
+                return False
         return region.valid
 
     async def _call(self, start: int, end: int) -> R:

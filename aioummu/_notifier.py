@@ -630,7 +630,10 @@ class Notifier:
         """Keep for the iterator what somebody else has read."""
         for event in events:
             if isinstance(event, Inval):
-                self._kept[event.region] = _merged(self._kept.get(event.region), event)
+                # It may have been unregistered by who was told of it.
+                if not event.region._withdrawn:
+                    old = self._kept.get(event.region)
+                    self._kept[event.region] = _merged(old, event)
             else:
                 self._kept_last = event
                 if not self._is_consumed:
