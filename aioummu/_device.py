@@ -264,7 +264,7 @@ class Device:
         for size in _STATE_SIZES:
             try:
                 area = _map(fd, size, _abi.STATE_OFFSET)
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a file, and too short
                 continue
             self._maps.append(area)
             self._states = _words(area)

@@ -282,11 +282,12 @@ def report_features(figures: Figures) -> bool:
     for row in ROWS:
         if row.title not in WITHOUT_FEATURES:
             continue
-        before, line = WITHOUT_FEATURES[row.title], f"{row.title:<26}"
+        before = WITHOUT_FEATURES[row.title]
+        line = f"{row.title:<26}"
         for n in REGIONS:
-            now, floor = figures[n, row.measured], figures[n, row.above]
-            share = now / (floor + before[n])
-            line += f"{f'{now:,} ({share:.3f})':>16}"
+            cost, base = figures[n, row.measured], figures[n, row.above]
+            share = cost / (base + before[n])
+            line += f"{f'{cost:,} ({share:.3f})':>16}"
             good &= share <= UNMEASURABLE
         print(line)
     print(f"<= {UNMEASURABLE}: {'reached' if good else 'MISSED'}")

@@ -62,13 +62,29 @@ class PipeDevice:
         fcntl.fcntl(self.sender, fcntl.F_SETPIPE_SZ, 1 << 20)
         self.page = memoryview(bytearray(8)).cast("Q")
         self.backend = "pipe"
+        # As on both backends: nothing is to be found out from the events.
+        self.features = aioummu.Feature.STATE
         self.generation = 0
 
     def fileno(self) -> int:
         return self.receiver
 
-    def register(self, start: int, end: int, cookie: int) -> None:
+    def register(
+        self,
+        start: int,
+        end: int,
+        cookie: int,
+        *,
+        causes: aioummu.Cause | None = None,
+        once: bool = False,
+    ) -> None:
         pass
+
+    def state(self, cookie: int) -> int | None:  # noqa: ARG002 - DeviceLike
+        return 0
+
+    def watch_word(self, cookie: int) -> tuple[aioummu.Page, int]:  # noqa: ARG002
+        return self.page, 0
 
     def unregister(self, cookie: int) -> None:
         pass

@@ -82,7 +82,7 @@ def test_opened_for_reading_without_blocking_and_not_for_other_programs(
 def test_features_are_exchanged_before_anything_else(driver: Driver) -> None:
     with Device(driver.path) as device:
         device.register(1, 2, 3)
-    assert driver.calls[0] == (EXCHANGE, struct.pack("=I", 1))
+    assert driver.calls[0] == (EXCHANGE, struct.pack("=I", 0xF))
 
 
 def test_no_device_tells_what_to_do(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_closing_releases_the_page_then_the_map_then_the_descriptor(
 ) -> None:
     # In another order, mmap.close() raises BufferError.
     device = Device(driver.path)
-    page, mapped = device.page, device._map
+    page, (mapped, *_) = device.page, device._maps
     order = []
     os_close = os.close
 

@@ -899,7 +899,17 @@ class OddDevice(PipeDevice):
         self.odd = shift, records
         self.generation = generation
 
-    def register(self, start: int, end: int, cookie: int) -> None:
+    def register(
+        self,
+        start: int,
+        end: int,
+        cookie: int,
+        *,
+        causes: aioummu.Cause | None = None,
+        once: bool = False,
+    ) -> None:
+        assert not causes
+        assert not once
         shift, records = self.odd
         self.send(*[inval(cookie, start + shift, end), last(1)][:records])
 

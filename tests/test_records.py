@@ -25,6 +25,12 @@ class Owner:
     def _rearm(self, region: Region, /) -> None:
         raise NotImplementedError
 
+    def _is_valid(self, region: Region, /) -> bool:
+        raise NotImplementedError
+
+    async def _next_report(self, region: Region, /) -> Inval:
+        raise NotImplementedError
+
 
 def region(cookie: int) -> Region:
     return Region(cookie, 0x1000, 0x2000, Owner())

@@ -274,7 +274,7 @@ def test_unregister_by_cookie(notifier: aioummu.Notifier) -> None:
 def test_what_the_driver_refuses_is_not_registered(
     notifier: aioummu.Notifier, device: PipeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: int) -> None:
+    def refuse(*_: int, **__: object) -> None:
         raise aioummu.TooManyRegionsError
 
     monkeypatch.setattr(device, "register", refuse)
