@@ -555,7 +555,7 @@ class Options:
 
     transfers: int = 2000
     size: int = 65536
-    message: int = 4096
+    message: int = 1024
     tasks: int = 8
     seed: int = 1
     backend: aioummu.Backend = "auto"
