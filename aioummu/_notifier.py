@@ -423,8 +423,11 @@ class Notifier:
                 self._reported = event.generation
                 return event
             # It may have been unregistered while the event lay here.
-            if not event.region._withdrawn:
-                return self._received(event)
+            region = event.region
+            if not region._withdrawn:
+                if region._once:
+                    region._registered = False
+                return event
 
     def batches(self) -> AsyncIterator[list[Event]]:
         """Iterate over lists of events: all that one system call returned.

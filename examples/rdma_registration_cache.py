@@ -74,7 +74,7 @@ TIMES_FEWER = 10
 ROUNDS = 20
 # Of each task. How many transfers a buffer lives for, on average.
 BUFFERS = 4
-TRANSFERS_OF_A_BUFFER = 50
+TRANSFERS_OF_A_BUFFER = 30
 # What freed memory leaves behind in the heap stays registered until it is needed for
 # others: pinned memory is to be limited.
 MOST_REGISTRATIONS = 256
