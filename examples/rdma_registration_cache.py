@@ -71,7 +71,7 @@ MemoryRegion: TypeAlias = Any
 PORT = 1
 TIMES_FEWER = 10
 # The three take turns, so that whatever else the machine does meets all of them.
-ROUNDS = 20
+ROUNDS = 50
 # Of each task. How many transfers a buffer lives for, on average.
 BUFFERS = 4
 TRANSFERS_OF_A_BUFFER = 30
