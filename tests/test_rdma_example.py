@@ -118,7 +118,10 @@ def test_memory_freed_and_allocated_again_is_never_sent_as_it_was(
     # And it might have been: else the test is worthless.
     assert figures["address only"][1] > 0, output
     assert f"adapter {adapter}, {backend} backend\n" in output
-    assert finished.returncode == 0, output
+    # How fast it is depends on what else the machine does, and decides nothing here.
+    missed = [line for line in output.splitlines() if line.startswith("NOT reached")]
+    assert missed in ([], ["NOT reached: the cache was not faster"]), output
+    assert finished.returncode == len(missed), output
 
 
 @pytest.mark.device

@@ -71,7 +71,6 @@ slots_beyond_the_area|state_test|a_slot_has_one_region|s/^\tif (!states || index
 close_leaves_the_states|state_test|a_kept_area_is_busy_after_close|s/^\tummunotify_finish_states(ctx);//
 the_end_looks_idle|state_test|the_end_of_the_process_is_a_change_for_ever|/^static void ummunotify_update_state/,/^}/s/^\t\tregion->busy = BUSY_FOREVER;/\t\treturn;/
 nothing_is_traced|trace_test|each_step_has_its_tracepoint|s/^\ttrace_ummunotify_invalidate(ctx, walk->start.*/\tif (0)\n\t&/
-io_uring_needs_threads|uring_test|a_read_by_io_uring_waits_without_a_thread|s/^\tfile->f_mode |= FMODE_NOWAIT;//
 write_is_allowed|abi_test|open_for_writing_is_refused|s/^\tif (file->f_mode & FMODE_WRITE || !current->mm)/\tif (!current->mm)/
 END
 }
