@@ -29,7 +29,7 @@ PACKAGES := python3-dev python3-venv sparse gcc-multilib g++ \
 	chromium chromium-driver openmpi-bin iproute2 python3-pyverbs
 
 # What the extension modules are made of.
-EXTENSIONS := $(wildcard aioummu/*_build.py engine/*.[ch]) \
+EXTENSIONS := $(wildcard aioummu/*_build.py aioummu/*.c engine/*.[ch]) \
 	kmod/include/uapi/linux/ummunotify.h
 
 SYSTEM := .cache/system.stamp

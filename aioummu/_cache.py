@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_left, bisect_right
+from collections import deque
+from operator import itemgetter
 from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
 import attrs
 from anyio import CancelScope, Event, sleep
 from anyio.lowlevel import checkpoint
 
+from aioummu import _hits
 from aioummu._errors import (
     ClosedError,
     RangeBusyError,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
-    from typing import Self
+    from typing import Any, Self
 
     from aioummu._notifier import Notifier
     from aioummu._regions import BufferLike, Region
@@ -64,79 +66,33 @@ class CacheStatistics:
     """How many are cached now."""
     bytes: int
     """How many bytes those cover."""
+    in_use: int
+    """How many uses of registrations there are at this moment."""
 
 
-class _Entry(Generic[R]):
-    """A registration, and the region that tells whether it is still true.
+class _Entry(_hits.Entry, Generic[R]):
+    """A registration, and the region that tells whether it is still true."""
 
-    Also the context manager of each use of just this range: one for all of them, as
-    nothing has to be remembered for a single use.
-    """
+    __slots__ = ("is_cached", "region")
 
-    __slots__ = (
-        "cache",
-        "end",
-        "hits",
-        "is_cached",
-        "is_discarded",
-        "is_simple",
-        "region",
-        "registration",
-        "start",
-        "substitutes",
-        "users",
-    )
+    registration: R
 
     def __init__(
-        self,
-        cache: RegistrationCache[R],
-        start: int,
-        end: int,
-        registration: R,
-        region: Region | None,
+        self, start: int, end: int, registration: R, region: Region | None
     ) -> None:
-        self.cache = cache
         self.start = start
         self.end = end
         self.registration = registration
         self.region = region
-        self.users = 0
-        self.hits = 0
         #: In the index; otherwise, the last user deregisters it.
         self.is_cached = False
-        self.is_discarded = False
-        #: In the index of a cache that has nothing more to do about its use.
-        self.is_simple = False
-        #: Used in place of this one by some who have entered it when it was not true
-        #: any more; until all of its users have left, since nobody knows who is who.
-        self.substitutes: list[_Entry[R]] = []
 
-    async def __aenter__(self) -> R:
+    def settle(self) -> None:
+        """Remember where one load tells that it is true; to be called while it is."""
         region = self.region
-        try:
-            # What region.valid does, in half the time.
-            if self.is_simple and region._page[region._index] == region._settled:  # type: ignore[union-attr] # it has one
-                self.users += 1
-                self.hits += 1
-                return self.registration
-        except (IndexError, ValueError):
-            pass  # unregistered, closed
-        entry = await self.cache._enter(self.start, self.end)
-        if entry is not self:
-            self.users += 1
-            self.is_simple = False
-            self.substitutes.append(entry)
-        return entry.registration
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.users -= 1
-        if not self.is_simple:
-            await self.cache._left(self)
+        if region is not None:
+            self.page, self.index = region._page, region._index
+            self.settled = region._settled
 
 
 class _Making:
@@ -150,7 +106,7 @@ class _Making:
         self.done = Event()
 
 
-class RegistrationCache(Generic[R]):
+class RegistrationCache(_hits.Index, Generic[R]):
     """Remembers what is registered by address, for as long as that is true.
 
     ::
@@ -222,20 +178,15 @@ class RegistrationCache(Generic[R]):
         self._deregister = deregister
         self._max_count = max_count
         self._max_bytes = max_bytes
-        self._is_limited = max_count is not None or max_bytes is not None
         self._fence = notifier.fence if fence else None
         self._closed = False
-        # The index. No entry lies within another, so both starts and ends ascend, and
-        # the one that covers a range, if any, is the last that starts at or before it.
-        self._by_start: dict[int, _Entry[R]] = {}
-        self._starts: list[int] = []
-        self._entries: list[_Entry[R]] = []
-        # Those that nobody uses, the least recently used first; kept if limited.
-        self._idle: dict[_Entry[R], None] = {}
         self._by_region: dict[Region, _Entry[R]] = {}
         self._making: list[_Making] = []
-        # To be deregistered as soon as somebody can await that.
-        self._waste: list[_Entry[R]] = []
+        # Of those that nobody used when it was made: when they were used, ascending.
+        self._oldest: deque[tuple[int, _Entry[R]]] = deque()
+        # Given up, and in use; and to be deregistered as soon as somebody can.
+        self._leaving: set[_Entry[R]] = set()
+        self._waste: deque[_Entry[R]] = deque()
         self._runners: set[Waiter] = set()
         self._bytes = 0
         self._hits = 0
@@ -246,51 +197,50 @@ class RegistrationCache(Generic[R]):
         self._invalidations = 0
         self._evictions = 0
 
-    @overload
-    def get(self, buffer: BufferLike, /) -> AbstractAsyncContextManager[R]: ...
+    if TYPE_CHECKING:  # it is a method of the index
 
-    @overload
-    def get(self, start: int, end: int, /) -> AbstractAsyncContextManager[R]: ...
+        @overload
+        def get(self, buffer: BufferLike, /) -> AbstractAsyncContextManager[R]: ...
 
-    def get(
-        self, buffer_or_start: BufferLike | int, end: int | None = None, /
-    ) -> AbstractAsyncContextManager[R]:
-        """Return an asynchronous context manager for one use of a registration.
+        @overload
+        def get(self, start: int, end: int, /) -> AbstractAsyncContextManager[R]: ...
 
-        Entering it returns the registration, which covers the buffer, or the
-        addresses from start to end, and is not deregistered before it is left. Many
-        tasks that enter at once get the same one. If making it fails, that is raised
-        in the task that made it; others try by themselves.
+        def get(self, *arguments: Any) -> AbstractAsyncContextManager[R]:
+            """Return an asynchronous context manager for one use of a registration.
 
-        Entering raises:
+            Entering it returns the registration, which covers the buffer, or the
+            addresses from start to end, and is not deregistered before it is left.
+            If it is there, nothing is waited for, and other tasks do not run.
 
-        :raises InvalidBufferError: if the buffer is empty or not contiguous (here)
-        :raises InvalidRangeError: unless 0 <= start < end < 2**64
-        :raises UnstableMemoryError: if the memory changed each time it was registered
-        :raises ProcessGoneError: if the watched process has ended
-        :raises ClosedError: if the cache or the notifier is closed
-        :raises ForkedError: in a forked child
-        """
-        if end is None:
-            buffer_or_start, end = address_range(cast("BufferLike", buffer_or_start))
-        entry = self._by_start.get(buffer_or_start)  # type: ignore[arg-type]
-        if entry is not None and entry.end == end:
-            return entry
-        return _Use(self, cast("int", buffer_or_start), end)
+            Many tasks that enter at once get the same one. If making it fails, that
+            is raised in the task that made it; others try by themselves.
+
+            :raises InvalidBufferError: if the buffer is empty or not contiguous; the
+                following are raised by entering
+
+            :raises InvalidRangeError: unless 0 <= start < end < 2**64
+            :raises UnstableMemoryError: if the memory changed each time it was
+                registered
+            :raises ProcessGoneError: if the watched process has ended
+            :raises ClosedError: if the cache or the notifier is closed
+            :raises ForkedError: in a forked child
+            """
 
     @property
     def statistics(self) -> CacheStatistics:
         """What was done so far, and what there is now."""
+        entries: list[_Entry[R]] = self._within()
         return CacheStatistics(
-            hits=self._hits + sum(entry.hits for entry in self._entries),
+            hits=self._hits + sum(entry.hits for entry in entries),
             misses=self._misses,
             registrations=self._registrations,
             discarded=self._discarded,
             uncached=self._uncached,
             invalidations=self._invalidations,
             evictions=self._evictions,
-            count=len(self._entries),
+            count=self._count,
             bytes=self._bytes,
+            in_use=sum(entry.users for entry in (*entries, *self._leaving)),
         )
 
     async def run(self) -> None:
@@ -317,7 +267,7 @@ class RegistrationCache(Generic[R]):
 
     async def flush(self) -> None:
         """Give up all registrations; those in use when their last user leaves."""
-        for entry in list(self._entries):
+        for entry in self._within():
             self._retire(entry)
         await self._clean_up()
         await checkpoint()
@@ -343,7 +293,7 @@ class RegistrationCache(Generic[R]):
         await self.aclose()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._entries)} registrations"
+        state = "closed" if self._closed else f"{self._count} registrations"
         return f"<{type(self).__name__} of {self._notifier!r}, {state}>"
 
     def _check_open(self) -> None:
@@ -352,30 +302,15 @@ class RegistrationCache(Generic[R]):
 
     # The index.
 
-    def _covering(self, start: int, end: int) -> _Entry[R] | None:
-        """Return the entry that covers the range, whether it is valid or not."""
-        entry = self._by_start.get(start)
-        if entry is None:
-            place = bisect_right(self._starts, start) - 1
-            if place < 0:
-                return None
-            entry = self._entries[place]
-        return entry if entry.end >= end else None
-
     def _add(self, entry: _Entry[R]) -> None:
-        # Those within it are of no use any more: a contiguous run, as ends ascend.
-        first = bisect_left(self._starts, entry.start)
-        behind = first
-        while behind < len(self._entries) and self._entries[behind].end <= entry.end:
-            behind += 1
-        for inner in self._entries[first:behind]:
+        # Those within it are of no use any more.
+        for inner in self._within(entry.start, entry.end):
             self._retire(inner)
             self._evictions += 1
-        self._starts.insert(first, entry.start)
-        self._entries.insert(first, entry)
-        self._by_start[entry.start] = entry
+        self._insert(entry)
+        entry.settle()
         entry.is_cached = True
-        entry.is_simple = not self._is_limited and self._fence is None
+        entry.is_simple = self._fence is None
         self._bytes += entry.end - entry.start
         if entry.region is not None:
             self._by_region[entry.region] = entry
@@ -387,23 +322,22 @@ class RegistrationCache(Generic[R]):
             return
         entry.is_cached = entry.is_simple = False
         self._hits += entry.hits
-        place = bisect_left(self._starts, entry.start)
-        del self._starts[place], self._entries[place], self._by_start[entry.start]
-        self._idle.pop(entry, None)
+        self._remove(entry)
         self._bytes -= entry.end - entry.start
+        if entry.users:
+            self._leaving.add(entry)
+        else:
+            self._discard(entry)
         if entry.region is not None:
             del self._by_region[entry.region]
             if not self._notifier.closed:
                 entry.region.unregister()
-        if not entry.users:
-            self._discard(entry)
 
     def _discard(self, entry: _Entry[R]) -> None:
-        """Have it deregistered, once."""
-        if not entry.is_discarded:
-            entry.is_discarded = True
-            self._waste.append(entry)
-            self._stop_runners()
+        """Have it deregistered, since nobody can get it any more."""
+        self._waste.append(entry)
+        self._is_pending = True
+        self._stop_runners()
 
     def _stop_runners(self) -> None:
         for runner in self._runners:
@@ -418,41 +352,60 @@ class RegistrationCache(Generic[R]):
 
     def _valid(self, start: int, end: int) -> _Entry[R] | None:
         """Return an entry that covers the range and is true, if there is one."""
-        while (entry := self._covering(start, end)) is not None:
-            if self._fence is not None and not self._fence():
+        while True:
+            entry: _Entry[R] | None = self._covering(start, end)
+            if entry is None or (self._fence is not None and not self._fence()):
                 return None
             # No entry without a region is in the index.
             region = cast("Region", entry.region)
-            if region.valid:
-                return entry
-            if self._notifier._has_stateless:
+            if not region.valid and self._notifier._has_stateless:
                 # What is unread is most likely about others.
                 self._notifier._read_for_others()
-                if self._is_true(region):
-                    return entry
+            if region.valid:
+                entry.settle()
+                return entry
             if entry.is_cached:
                 self._invalidations += 1
                 self._retire(entry)
-        return None
+
+    def _is_too_much(self) -> bool:
+        return (self._max_count is not None and self._count > self._max_count) or (
+            self._max_bytes is not None and self._bytes > self._max_bytes
+        )
 
     def _evict(self) -> None:
         """Give up what is too much, as far as nobody uses it."""
-        while self._idle and (
-            (self._max_count is not None and len(self._entries) > self._max_count)
-            or (self._max_bytes is not None and self._bytes > self._max_bytes)
-        ):
-            self._evictions += 1
-            self._retire(next(iter(self._idle)))
+        while self._is_too_much() and self._evict_one():
+            pass
+        self._set_pending()
+
+    def _evict_one(self) -> bool:
+        """Give up what nobody uses and was used least recently, if there is one."""
+        for _ in range(2):
+            while self._oldest:
+                stamp, entry = self._oldest.popleft()
+                # What was used since is newer than all the others here.
+                if entry.is_cached and not entry.users and entry.stamp == stamp:
+                    self._evictions += 1
+                    self._retire(entry)
+                    return True
+            idle = [(e.stamp, e) for e in self._within() if not e.users]
+            self._oldest.extend(sorted(idle, key=itemgetter(0)))
+        return False
+
+    def _set_pending(self) -> None:
+        self._is_pending = bool(self._waste) or self._is_too_much()
 
     async def _clean_up(self) -> None:
         """Deregister what nobody can get any more."""
         errors: list[Exception] = []
         while self._waste:
-            entry = self._waste.pop()
+            entry = self._waste.popleft()
             try:
                 await self._undo(entry.registration)
             except Exception as error:  # noqa: BLE001 - raised below
                 errors.append(error)
+        self._set_pending()
         if len(errors) == 1:
             raise errors[0]
         if errors:
@@ -467,37 +420,35 @@ class RegistrationCache(Generic[R]):
 
     # One use.
 
-    async def _enter(self, start: int, end: int) -> _Entry[R]:
-        """Return an entry that covers the range, with one more user."""
+    def _get_buffer(self, buffer: BufferLike) -> AbstractAsyncContextManager[R]:
+        return self.get(*address_range(buffer))
+
+    async def _enter(self, use: _hits.Use, start: int, end: int) -> R:
+        """Do what entering a use takes if it is not a hit, or not a simple one."""
+        start, end = checked_range(start, end)
         entry = self._valid(start, end)
         if entry is None:
             entry = await self._obtain(start, end)
+            use._take(entry)
+            if not entry.is_cached:
+                self._leaving.add(entry)
+            self._evict()
         else:
             entry.hits += 1
-        entry.users += 1
-        if self._is_limited and entry.is_cached:
-            self._idle.pop(entry, None)
-            self._evict()
-        return entry
+            use._take(entry)
+        return entry.registration
 
     async def _left(self, entry: _Entry[R]) -> None:
         """Do what is to be done when a user has left."""
-        if not entry.users:
-            if not entry.is_cached:
-                self._discard(entry)
-            elif self._is_limited:
-                self._idle[entry] = None
-                self._evict()
-            substitutes, entry.substitutes = entry.substitutes, []
-            for substitute in substitutes:
-                substitute.users -= 1
-                await self._left(substitute)
+        if not entry.users and not entry.is_cached:
+            self._leaving.discard(entry)
+            self._discard(entry)
+        self._evict()
         if self._waste:
             await self._clean_up()
 
     async def _obtain(self, start: int, end: int) -> _Entry[R]:
         """Return an entry for one more user, made if there is none."""
-        start, end = checked_range(start, end)
         self._check_open()
         self._misses += 1
         # Also tells, by _reported(), what else is not true any more.
@@ -553,7 +504,7 @@ class RegistrationCache(Generic[R]):
             self._watch(start, end).unregister()
         except (UnwatchableRangeError, RangeBusyError, TooManyRegionsError):
             self._uncached += 1
-            return _Entry(self, start, end, registration, None)
+            return _Entry(start, end, registration, None)
         except BaseException:
             await self._undo(registration)
             raise
@@ -579,7 +530,7 @@ class RegistrationCache(Generic[R]):
                 and not self._closed
                 and self._valid(start, end) is None
             ):
-                entry = _Entry(self, start, end, registration, region)
+                entry = _Entry(start, end, registration, region)
                 self._add(entry)
                 return entry
         except BaseException:
@@ -596,15 +547,8 @@ class RegistrationCache(Generic[R]):
             try:
                 return self._notifier.register(start, end)
             except TooManyRegionsError:
-                if not self._entries:
+                if not self._evict_one():
                     raise
-                victim = next(
-                    iter(self._idle or (e for e in self._entries if not e.users)), None
-                )
-                if victim is None:
-                    raise
-                self._evictions += 1
-                self._retire(victim)
 
     def _is_true(self, region: Region) -> bool:
         if self._fence is not None and not self._fence():
@@ -634,27 +578,3 @@ class RegistrationCache(Generic[R]):
         if inspect.isawaitable(result):
             return cast("R", await result)
         return result
-
-
-class _Use(Generic[R]):
-    """One use of a registration, of a part of it or of one that is not there yet."""
-
-    __slots__ = ("_cache", "_end", "_entry", "_start")
-
-    def __init__(self, cache: RegistrationCache[R], start: int, end: int) -> None:
-        self._cache = cache
-        self._start = start
-        self._end = end
-
-    async def __aenter__(self) -> R:
-        self._entry = await self._cache._enter(self._start, self._end)
-        return self._entry.registration
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._entry.users -= 1
-        await self._cache._left(self._entry)

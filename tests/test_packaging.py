@@ -55,6 +55,7 @@ def test_wheel_is_for_all_later_versions_of_python_and_typed(built: Path) -> Non
     assert {
         "aioummu/py.typed",
         "aioummu/_engine.abi3.so",
+        "aioummu/_hits.abi3.so",
         "aioummu/_ummunotify_abi.abi3.so",
     } <= names
 
