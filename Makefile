@@ -135,6 +135,7 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/driver.py
 	$(BIN)/python bench/events.py
 	$(BIN)/python bench/embedded.py
+	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/daemon.py
 	$(BIN)/python bench/daemon.py --guest
 
