@@ -211,7 +211,8 @@ class FakeDevice:
                 raise ProcessGoneError(errno.ESRCH, "the watched process has ended")
             if cookie in self._watched:
                 raise DuplicateCookieError(
-                    f"cookie {cookie} names a region of this device already"
+                    f"cookie {cookie} names a region of this device already: "
+                    "unregister that one first, or choose another"
                 )
             region = _Watched(start, end, wanted, once, len(self._words))
             self._words.append(0)

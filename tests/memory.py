@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 from typing import TYPE_CHECKING
 
+from aioummu import Cause
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from types import TracebackType
     from typing import Self
 
@@ -46,6 +51,18 @@ _libc.shmat.argtypes = [_int, _address, _int]
 _libc.shmat.restype = _address
 _libc.shmdt.argtypes = [_address]
 _libc.shmctl.argtypes = [_int, _int, _address]
+
+
+#: Called around a change with what a kernel would tell: for devices that are none.
+LISTENERS: list[Callable[[int, int, Cause], AbstractContextManager[None]]] = []
+
+
+@contextlib.contextmanager
+def _told(start: int, size: int, cause: Cause) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for listener in LISTENERS:
+            stack.enter_context(listener(start, start + size, cause))
+        yield
 
 
 def _checked(result: int | None) -> int:
@@ -134,13 +151,19 @@ class Pages:
         ctypes.memset(*self._range(part)[:1], 1, self._range(part)[1])
 
     def munmap(self, part: tuple[int, int] | None = None) -> None:
-        _checked(_libc.munmap(*self._range(part)))
+        with _told(*self._range(part), Cause.UNMAP):
+            _checked(_libc.munmap(*self._range(part)))
 
     def mprotect(self, protection: int, part: tuple[int, int] | None = None) -> None:
-        _checked(_libc.mprotect(*self._range(part), protection))
+        with _told(*self._range(part), Cause.PROTECT_MAPPING):
+            _checked(_libc.mprotect(*self._range(part), protection))
 
     def madvise(self, advice: int, part: tuple[int, int] | None = None) -> None:
-        _checked(_libc.madvise(*self._range(part), advice))
+        drops = advice in {MADV_DONTNEED, MADV_FREE}
+        with contextlib.ExitStack() as stack:
+            if drops:
+                stack.enter_context(_told(*self._range(part), Cause.CLEAR))
+            _checked(_libc.madvise(*self._range(part), advice))
 
     def map_over(self, part: tuple[int, int] | None = None) -> None:
         """Map new memory over the old."""
