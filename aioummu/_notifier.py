@@ -207,6 +207,7 @@ class Notifier:
         self._has_listeners = False
         self._has_stateless = Feature.STATE not in device.features
         self._once_count = 0
+        self._has_once = False
         # Of regions without a state: those with a report since they were valid, and
         # the generation of the last LAST that was read.
         self._stale: set[Region] = set()
@@ -359,6 +360,7 @@ class Notifier:
             if once:
                 # Before its report can be read.
                 self._once_count += 1
+                self._has_once = True
                 self._pay_attention()
             try:
                 self._device.register(start, end, cookie, causes=causes, once=once)
@@ -610,7 +612,7 @@ class Notifier:
         return events
 
     def _hand_out(self, events: list[Event]) -> list[Event]:
-        if self._is_attentive:
+        if self._has_once:
             for event in events:
                 if isinstance(event, Inval):
                     self._received(event)
