@@ -75,7 +75,7 @@ test-engine: $(INSTALLED)
 	$(MAKE) -C engine/tests asan
 	$(MAKE) -C engine/tests mutants
 
-test-guest: $(addprefix test-guest-,$(KERNELS)) test-daemon test-mutants
+test-guest: $(addprefix test-guest-,$(KERNELS)) test-examples test-mutants
 
 test-kernels: $(addprefix test-guest-,$(ALL_KERNELS))
 
@@ -87,13 +87,14 @@ test-guest-%: $(INSTALLED)
 			--env UMMUNOTIFY_HOLD="$$hold" -- kmod/selftests/run.sh
 	@echo "== Linux $*: the library, $(call marks,$*)"
 	$(HARNESS) pytest $* -- --device -m "$(call marks,$*)" \
-		--ignore-glob="tests/test_memtrackd_*"
+		--ignore-glob="tests/test_memtrackd_*" --ignore=tests/test_rdma_example.py
 
-# On one kernel: what depends on the driver takes its time in a guest.
-test-daemon: $(INSTALLED)
-	@echo "== Linux $(CHECK_KERNEL): memtrackd"
+# On one kernel: the examples that depend on the driver take their time in a guest.
+test-examples: $(INSTALLED)
+	@echo "== Linux $(CHECK_KERNEL): memtrackd, RDMA"
 	$(HARNESS) pytest $(CHECK_KERNEL) --timeout 2400 -- --device -m "device or embedded" \
-		tests/test_memtrackd_c_client.py tests/test_memtrackd_clients.py
+		tests/test_memtrackd_c_client.py tests/test_memtrackd_clients.py \
+		tests/test_rdma_example.py
 
 # Do the selftests notice a broken driver?  And what are its parameters good for?
 test-mutants: $(INSTALLED)
@@ -173,5 +174,5 @@ clean:
 	rm -rf .cache/sparse .cache/bench .cache/guest/build build dist *.egg-info
 	find . -name __pycache__ -not -path './.venv*' -not -path './.cache/*' -prune -exec rm -rf {} +
 
-.PHONY: help test check lint check-kmod test-host test-engine test-guest test-daemon test-mutants test-kernels \
+.PHONY: help test check lint check-kmod test-host test-engine test-guest test-examples test-mutants test-kernels \
 	demo bench setup clean
