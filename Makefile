@@ -86,7 +86,7 @@ test-guest-%: $(INSTALLED)
 		$(HARNESS) run $* --module --env UMMUNOTIFY_RULE_INSTALLED=1 \
 			--env UMMUNOTIFY_HOLD="$$hold" -- kmod/selftests/run.sh
 	@echo "== Linux $*: the library, $(call marks,$*)"
-	$(HARNESS) pytest $* -- --device -m "$(call marks,$*)" \
+	$(HARNESS) pytest $* --timeout 1800 -- --device -m "$(call marks,$*)" \
 		--ignore-glob="tests/test_memtrackd_*" --ignore=tests/test_rdma_example.py
 
 # On one kernel: the examples that depend on the driver take their time in a guest.
@@ -136,6 +136,7 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/driver.py
 	$(BIN)/python bench/events.py
 	$(BIN)/python bench/embedded.py
+	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/daemon.py
 	$(BIN)/python bench/daemon.py --guest
