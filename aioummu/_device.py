@@ -127,7 +127,7 @@ class DeviceLike(Protocol):
         """Return memory and an index of it.
 
         While that number is what it was before state() returned an even one, so is
-        the state.
+        the state. Once closed, it is another one, or cannot be loaded: ValueError.
         """
         ...
 

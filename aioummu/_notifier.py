@@ -693,7 +693,7 @@ class Notifier:
         """Read what there is, and keep it for those who receive events."""
         while events := self._read(self._decode):
             self._keep(events)
-            self._wake_consumer()
+            self._wake(self._consumer)
             if isinstance(events[-1], Last):
                 break
 
@@ -763,21 +763,25 @@ class Notifier:
             while not waiter.is_done():
                 events = self._read(self._decode)
                 if events is None:
-                    with CancelScope() as self._leader_scope:
-                        if in_vain > _VAIN_WAKE_UPS:
-                            await sleep(_VAIN_PAUSE)
-                        await self._readiness.wait()
-                    self._leader_scope = None
+                    await self._wait_as_leader(in_vain)
                     in_vain += 1
                     continue
                 in_vain = 0
                 self._keep(events)
                 if self._has_kept:
-                    self._wake_consumer()
+                    self._wake(self._consumer)
                 # Others may have to go on with what they got.
                 await checkpoint()
         finally:
             self._leader = self._leader_scope = None
+
+    async def _wait_as_leader(self, in_vain: int) -> None:
+        """Wait until there seems to be something to read, or until woken."""
+        with CancelScope() as self._leader_scope:
+            if in_vain > _VAIN_WAKE_UPS:
+                await sleep(_VAIN_PAUSE)
+            await self._readiness.wait()
+        self._leader_scope = None
 
     async def _follow(self, waiter: Waiter) -> None:
         """Wait until woken by the one who reads."""
@@ -794,10 +798,6 @@ class Notifier:
             waiter.wake()
         elif self._leader_scope is not None:
             self._leader_scope.cancel()
-
-    def _wake_consumer(self) -> None:
-        if self._consumer in self._followers:
-            self._consumer.wake()
 
     def _wake_waiters(self, region: Region) -> None:
         for waiter in cast("list[Waiter]", region._waiters):
@@ -830,22 +830,22 @@ class Notifier:
             in_vain = 0
             while not self._has_kept:
                 self._check_open()
-                if self._leader is not None:
+                if self._leader not in {None, self._consumer}:
                     await self._follow(self._consumer)
                     continue
                 self._leader = self._consumer
-                while (items := self._read(decode)) is None:
-                    if in_vain > _VAIN_WAKE_UPS:
-                        await sleep(_VAIN_PAUSE)
-                    await self._readiness.wait()
-                    in_vain += 1
-                return items
+                items = self._read(decode)
+                if items is not None:
+                    return items
+                # Others may read meanwhile, and then there is no need to.
+                await self._wait_as_leader(in_vain)
+                in_vain += 1
         except ProcessGoneError:
             raise StopAsyncIteration from None
         finally:
             self._receiving = False
             if self._leader is self._consumer:
-                self._leader = None
+                self._leader = self._leader_scope = None
             self._appoint()
         return []
 
