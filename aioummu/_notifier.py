@@ -244,6 +244,11 @@ class Notifier:
         :raises ClosedError: if the notifier is closed
         :raises ForkedError: in a forked child
         """
+        try:
+            if self._page[0] == self._settled:
+                return self._reported
+        except ValueError:
+            raise self._gone() from None
         return self._device.generation if self.changed else self._reported
 
     @property
