@@ -38,17 +38,33 @@ struct entry {
 
 struct row {
 	uint64_t start;
-	struct entry *entry;
+	union {
+		struct entry *entry;
+		struct block *block;
+	};
+};
+
+#define ROWS_PER_BLOCK 256
+
+struct block {
+	Py_ssize_t count;
+	struct row rows[ROWS_PER_BLOCK];
 };
 
 /*
  * No entry lies within another. So both starts and ends ascend, and the one that covers
  * a range, if any, is the last that starts at or before it.
+ *
+ * Rows of entries are in blocks, none of them empty, so that an insertion moves a few of
+ * them only, however many there are.
  */
 struct index {
 	PyObject_HEAD
-	struct row *rows;
+	/* Of entries. */
 	Py_ssize_t count;
+	/* Rows of blocks, each with the start of its first row. */
+	struct row *blocks;
+	Py_ssize_t block_count;
 	Py_ssize_t room;
 	/* Of the latest use. */
 	uint64_t clock;
@@ -238,31 +254,123 @@ static PyType_Spec entry_spec = {
 /* The index. */
 
 /* Returns how many rows start at or before an address. */
-static Py_ssize_t index_search(const struct index *self, uint64_t start)
+static Py_ssize_t rows_search(const struct row *rows, Py_ssize_t count, uint64_t start)
 {
-	const struct row *row = self->rows;
-	Py_ssize_t left = self->count;
+	const struct row *row = rows;
 
-	while (left > 0) {
-		const Py_ssize_t half = left / 2;
+	while (count > 0) {
+		const Py_ssize_t half = count / 2;
 
 		if (row[half].start <= start) {
 			row += half + 1;
-			left -= half + 1;
+			count -= half + 1;
 		} else {
-			left = half;
+			count = half;
 		}
 	}
-	return row - self->rows;
+	return row - rows;
+}
+
+static void rows_insert(struct row *rows, Py_ssize_t *count, Py_ssize_t place,
+			struct row row)
+{
+	memmove(&rows[place + 1], &rows[place], (*count - place) * sizeof(*rows));
+	rows[place] = row;
+	++*count;
+}
+
+static void rows_remove(struct row *rows, Py_ssize_t *count, Py_ssize_t place)
+{
+	--*count;
+	memmove(&rows[place], &rows[place + 1], (*count - place) * sizeof(*rows));
+}
+
+/* Returns the number of the block in which an address is, or would be; at least 0. */
+static Py_ssize_t index_search(const struct index *self, uint64_t start)
+{
+	const Py_ssize_t behind = rows_search(self->blocks, self->block_count, start);
+
+	return behind ? behind - 1 : 0;
 }
 
 static struct entry *index_covering(const struct index *self, uint64_t start,
 				    uint64_t end)
 {
-	const Py_ssize_t behind = index_search(self, start);
-	struct entry *entry = behind ? self->rows[behind - 1].entry : NULL;
+	const struct block *block;
+	struct entry *entry;
+	Py_ssize_t behind;
 
+	if (!self->count)
+		return NULL;
+	block = self->blocks[index_search(self, start)].block;
+	behind = rows_search(block->rows, block->count, start);
+	entry = behind ? block->rows[behind - 1].entry : NULL;
 	return entry && entry->end >= end ? entry : NULL;
+}
+
+/* Returns false, with an exception, if there is no memory for one more block. */
+static int index_add_block(struct index *self, Py_ssize_t place, uint64_t start)
+{
+	struct block *block = PyMem_Malloc(sizeof(*block));
+
+	if (block && self->block_count == self->room) {
+		const Py_ssize_t room = self->room ? 2 * self->room : 4;
+		struct row *rows = PyMem_Realloc(self->blocks, room * sizeof(*rows));
+
+		if (rows) {
+			self->blocks = rows;
+			self->room = room;
+		} else {
+			PyMem_Free(block);
+			block = NULL;
+		}
+	}
+	if (!block) {
+		PyErr_NoMemory();
+		return 0;
+	}
+	block->count = 0;
+	rows_insert(self->blocks, &self->block_count, place,
+		    (struct row){ .start = start, .block = block });
+	return 1;
+}
+
+static void index_remove_block(struct index *self, Py_ssize_t place)
+{
+	PyMem_Free(self->blocks[place].block);
+	rows_remove(self->blocks, &self->block_count, place);
+}
+
+/* Moves the upper half of a full block into a new one behind it. */
+static int index_split(struct index *self, Py_ssize_t place)
+{
+	struct block *lower = self->blocks[place].block, *upper;
+	const Py_ssize_t left = ROWS_PER_BLOCK / 2;
+
+	if (!index_add_block(self, place + 1, lower->rows[left].start))
+		return 0;
+	upper = self->blocks[place + 1].block;
+	upper->count = lower->count - left;
+	memcpy(upper->rows, &lower->rows[left], upper->count * sizeof(*upper->rows));
+	lower->count = left;
+	return 1;
+}
+
+/* Moves the rows of the next block into this one, if together they are few. */
+static void index_join(struct index *self, Py_ssize_t place)
+{
+	struct block *lower, *upper;
+
+	if (place < 0 || place + 1 >= self->block_count)
+		return;
+	lower = self->blocks[place].block;
+	upper = self->blocks[place + 1].block;
+	if (lower->count + upper->count > ROWS_PER_BLOCK / 2)
+		return;
+	memcpy(&lower->rows[lower->count], upper->rows,
+	       upper->count * sizeof(*upper->rows));
+	lower->count += upper->count;
+	index_remove_block(self, place + 1);
 }
 
 /* Returns false, with an exception, if it is no address. */
@@ -288,16 +396,28 @@ static PyObject *index_within(PyObject *object, PyObject *arguments)
 {
 	const struct index *self = (struct index *)object;
 	unsigned long long start = 0, end = UINT64_MAX;
-	Py_ssize_t row;
+	Py_ssize_t place, row;
 	PyObject *list;
 
 	if (!PyArg_ParseTuple(arguments, "|KK", &start, &end))
 		return NULL;
 	list = PyList_New(0);
-	row = start ? index_search(self, start - 1) : 0;
-	for (; list && row < self->count && self->rows[row].entry->end <= end; row++)
-		if (PyList_Append(list, (PyObject *)self->rows[row].entry))
-			Py_CLEAR(list);
+	for (place = index_search(self, start); list && place < self->block_count;
+	     place++) {
+		const struct block *block = self->blocks[place].block;
+
+		row = start ? rows_search(block->rows, block->count, start - 1) : 0;
+		for (; row < block->count; row++) {
+			struct entry *entry = block->rows[row].entry;
+
+			if (entry->end > end)
+				return list;
+			if (PyList_Append(list, (PyObject *)entry)) {
+				Py_DECREF(list);
+				return NULL;
+			}
+		}
+	}
 	return list;
 }
 
@@ -319,24 +439,23 @@ static PyObject *index_insert(PyObject *object, PyTypeObject *defining_class,
 {
 	struct index *self = (struct index *)object;
 	struct entry *entry = checked_entry(defining_class, arguments, count, names);
+	struct block *block;
 	Py_ssize_t place;
 
-	if (!entry)
+	if (!entry || (!self->count && !index_add_block(self, 0, entry->start)))
 		return NULL;
-	if (self->count == self->room) {
-		const Py_ssize_t room = self->room ? 2 * self->room : 16;
-		struct row *rows = PyMem_Realloc(self->rows, room * sizeof(*rows));
-
-		if (!rows)
-			return PyErr_NoMemory();
-		self->rows = rows;
-		self->room = room;
-	}
 	place = index_search(self, entry->start);
-	memmove(&self->rows[place + 1], &self->rows[place],
-		(self->count - place) * sizeof(*self->rows));
-	self->rows[place].start = entry->start;
-	self->rows[place].entry = (struct entry *)Py_NewRef((PyObject *)entry);
+	if (self->blocks[place].block->count == ROWS_PER_BLOCK) {
+		if (!index_split(self, place))
+			return NULL;
+		place = index_search(self, entry->start);
+	}
+	block = self->blocks[place].block;
+	rows_insert(block->rows, &block->count,
+		    rows_search(block->rows, block->count, entry->start),
+		    (struct row){ .start = entry->start, .entry = entry });
+	Py_INCREF((PyObject *)entry);
+	self->blocks[place].start = block->rows[0].start;
 	self->count++;
 	Py_RETURN_NONE;
 }
@@ -347,18 +466,29 @@ static PyObject *index_remove(PyObject *object, PyTypeObject *defining_class,
 {
 	struct index *self = (struct index *)object;
 	struct entry *entry = checked_entry(defining_class, arguments, count, names);
-	Py_ssize_t row;
+	struct block *block = NULL;
+	Py_ssize_t place, row = -1;
 
 	if (!entry)
 		return NULL;
-	row = index_search(self, entry->start) - 1;
-	if (row < 0 || self->rows[row].entry != entry) {
+	place = index_search(self, entry->start);
+	if (self->count) {
+		block = self->blocks[place].block;
+		row = rows_search(block->rows, block->count, entry->start) - 1;
+	}
+	if (row < 0 || block->rows[row].entry != entry) {
 		PyErr_SetString(PyExc_KeyError, "no such entry");
 		return NULL;
 	}
+	rows_remove(block->rows, &block->count, row);
 	self->count--;
-	memmove(&self->rows[row], &self->rows[row + 1],
-		(self->count - row) * sizeof(*self->rows));
+	if (block->count) {
+		self->blocks[place].start = block->rows[0].start;
+		index_join(self, place);
+		index_join(self, place - 1);
+	} else {
+		index_remove_block(self, place);
+	}
 	Py_DECREF((PyObject *)entry);
 	Py_RETURN_NONE;
 }
@@ -389,22 +519,30 @@ static PyObject *index_get(PyObject *object, PyTypeObject *defining_class,
 static int index_traverse(PyObject *object, visitproc visit, void *arg)
 {
 	struct index *self = (struct index *)object;
-	Py_ssize_t row;
+	Py_ssize_t place, row;
 
 	Py_VISIT(Py_TYPE(object));
-	for (row = 0; row < self->count; row++)
-		Py_VISIT(self->rows[row].entry);
+	for (place = 0; place < self->block_count; place++)
+		for (row = 0; row < self->blocks[place].block->count; row++)
+			Py_VISIT(self->blocks[place].block->rows[row].entry);
 	return 0;
 }
 
 static int index_clear(PyObject *object)
 {
 	struct index *self = (struct index *)object;
+	struct row *blocks = self->blocks;
+	Py_ssize_t place, row, count = self->block_count;
 
-	while (self->count > 0) {
-		self->count--;
-		Py_DECREF(self->rows[self->count].entry);
+	/* Giving up an entry can run any code, which is to find none. */
+	self->blocks = NULL;
+	self->block_count = self->room = self->count = 0;
+	for (place = 0; place < count; place++) {
+		for (row = 0; row < blocks[place].block->count; row++)
+			Py_DECREF((PyObject *)blocks[place].block->rows[row].entry);
+		PyMem_Free(blocks[place].block);
 	}
+	PyMem_Free(blocks);
 	return 0;
 }
 
@@ -412,7 +550,6 @@ static void index_dealloc(PyObject *object)
 {
 	PyObject_GC_UnTrack(object);
 	index_clear(object);
-	PyMem_Free(((struct index *)object)->rows);
 	release(object);
 }
 

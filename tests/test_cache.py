@@ -308,6 +308,39 @@ async def test_the_index_finds_what_a_list_of_all_finds(
     assert not device.regions
 
 
+async def test_thousands_are_found_after_others_went(
+    cache: Cache, device: ScriptedDevice, notifier: Notifier, user: User
+) -> None:
+    chance = random.Random(9)  # noqa: S311 - the same each time
+    numbers = list(range(2_000))
+    known: dict[int, Registration] = {}
+    for share in (1.0, 0.1, 0.5, 0.0):
+        chance.shuffle(numbers)
+        wanted = set(numbers[: int(share * len(numbers))])
+        for number in numbers:
+            start = A + 16 * number
+            if number in wanted:
+                registration = await use(cache, start, start + 12)
+                assert known.setdefault(number, registration) is registration
+            elif number in known:
+                device.change(start, start + 1)
+                notifier.read_nowait()
+                del known[number]
+        assert cache.statistics.count == len(known)
+        # One for all, then, takes the place of those.
+        for first in chance.sample(range(1_900), 5):
+            within = [n for n in known if first <= n < first + 100]
+            await use(cache, A + 16 * first, A + 16 * (first + 100))
+            for number in within:
+                del known[number]
+            assert cache.statistics.count == len(known) + 1
+            device.change(A + 16 * first, A + 16 * (first + 100))
+            notifier.read_nowait()
+            assert cache.statistics.count == len(known)
+    await cache.flush()
+    assert not user.there
+
+
 async def test_a_buffer(cache: Cache) -> None:
     buffer = bytearray(SIZE)
     start, end = aioummu.address_range(buffer)
