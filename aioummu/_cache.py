@@ -219,8 +219,8 @@ class RegistrationCache(_hits.Index, Generic[R]):
                 following are raised by entering
 
             :raises InvalidRangeError: unless 0 <= start < end < 2**64
-            :raises UnstableMemoryError: if the memory changed each time it was
-                registered
+            :raises UnstableMemoryError: if something was done to the memory each time
+                that it was to be registered
             :raises ProcessGoneError: if the watched process has ended
             :raises ClosedError: if the cache or the notifier is closed
             :raises ForkedError: in a forked child
@@ -492,8 +492,9 @@ class RegistrationCache(_hits.Index, Generic[R]):
             if entry is not None:
                 return entry
         raise UnstableMemoryError(
-            f"the memory at {start:#x}-{end:#x} was changed each of the {_ATTEMPTS} "
-            "times that it was registered: do not change it at the same time"
+            f"something was being done to the memory at {start:#x}-{end:#x} each of the "
+            f"{_ATTEMPTS} times that it was to be registered: do not change it at the "
+            "same time, and see docs/registration-cache.md if nothing does"
         )
 
     async def _make_unwatched(self, start: int, end: int) -> _Entry[R] | None:

@@ -540,7 +540,7 @@ async def test_memory_that_never_rests(
     cache: Cache, device: ScriptedDevice, user: User
 ) -> None:
     user.meanwhile = lambda _: device.change(A, A + 1)
-    with pytest.raises(UnstableMemoryError, match="changed each"):
+    with pytest.raises(UnstableMemoryError, match="each of the 20 times"):
         await use(cache)
     assert user.all
     assert not user.there
