@@ -557,8 +557,13 @@ static void index_dealloc(PyObject *object)
 
 static PyMethodDef index_methods[] = {
 	{ "get", METHOD(index_get), METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
-	  PyDoc_STR("Return an asynchronous context manager for one use of a "
-		    "registration.") },
+	  PyDoc_STR("get(buffer) or get(start, end)\n\n"
+		    "Return an asynchronous context manager for one use of a "
+		    "registration.\n\n"
+		    "Addresses are those of the first byte, and of that behind the last "
+		    "one. Raises\nInvalidBufferError; entering it raises "
+		    "InvalidRangeError, UnstableMemoryError,\nProcessGoneError, "
+		    "ClosedError, ForkedError.") },
 	{ "_covering", index_covering_method, METH_VARARGS, NULL },
 	{ "_within", index_within, METH_VARARGS, NULL },
 	{ "_insert", METHOD(index_insert), METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
