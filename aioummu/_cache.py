@@ -492,9 +492,9 @@ class RegistrationCache(_hits.Index, Generic[R]):
             if entry is not None:
                 return entry
         raise UnstableMemoryError(
-            f"something was being done to the memory at {start:#x}-{end:#x} each of the "
-            f"{_ATTEMPTS} times that it was to be registered: do not change it at the "
-            "same time, and see docs/registration-cache.md if nothing does"
+            f"something was being done to the memory at {start:#x}-{end:#x} each of "
+            f"the {_ATTEMPTS} times that it was to be registered: do not change it at "
+            "the same time, and see docs/registration-cache.md if nothing does"
         )
 
     async def _make_unwatched(self, start: int, end: int) -> _Entry[R] | None:
