@@ -4,10 +4,11 @@
 The dict is what a program would have that trusts addresses: registrations by the
 start and the end of their range. The cache is used as it is meant to be, with ``async
 with cache.get(start, end)``: for ranges that were registered, for parts of these,
-in a cache with limits, and with a system call for each (``fence=True``). All of them
-take turns within one run, on the same random choice of ranges, so that they meet the
-same machine and the same misses of its caches; printed are the medians. Measured is
-CPU time, as nothing ever waits here.
+in a cache with limits, and with a system call for each (``fence=True``); and where a
+cache is full, so that one is registered and another one given up. All of them take
+turns within one run, on the same random choice of ranges, so that they meet the same
+machine and the same misses of its caches; printed are the medians. Measured is CPU
+time, as nothing ever waits here.
 
 The last lines compare the look at a single region with that at the whole notifier.
 Runs on the embedded backend, or on the driver if asked for.
@@ -45,6 +46,8 @@ COUNTS = (10, 1_000, 100_000)
 SIZE = 256
 LOOKUPS = 20_000
 FENCED = 2_000
+#: In each round.
+MISSES = 200
 CHECKS = 20_000
 
 #: The most look-ups in a dict that a hit may cost.
@@ -106,10 +109,13 @@ async def cost(run: Awaitable[None]) -> int:
     return thread_time_ns() - begin
 
 
-async def hit_costs(
-    notifier: Notifier, ranges: Ranges, rounds: int
+async def costs_of(
+    notifier: Notifier, ranges: Ranges, others: list[Ranges]
 ) -> dict[str, float]:
-    """Return the ns of one look-up by each way."""
+    """Return the ns of one look-up by each way, in as many rounds as there are others.
+
+    :param others: what is registered in none of the caches
+    """
     caches: dict[str, Cache] = {
         "hit": RegistrationCache(notifier, register, deregister),
         "hit, with limits": RegistrationCache(
@@ -119,7 +125,8 @@ async def hit_costs(
             notifier, register, deregister, fence=True
         ),
     }
-    for cache in caches.values():
+    full = RegistrationCache(notifier, register, deregister, max_count=len(ranges))
+    for cache in (*caches.values(), full):
         await fill(cache, ranges)
     choice = random.Random(1).choices(ranges, k=LOOKUPS)  # noqa: S311 - repeatable
     parts = [(start + 8, end - 8) for start, end in choice]
@@ -130,7 +137,7 @@ async def hit_costs(
     def note(name: str, spent: int, loop: int, count: int = LOOKUPS) -> None:
         times.setdefault(name, []).append((spent - loop) / count)
 
-    for _ in range(rounds):
+    for new in others:
         loop = plain_cost(lambda: nothing(choice))
         note("dict", plain_cost(lambda: in_dict(choice, by_range)), loop)
         note(
@@ -144,6 +151,9 @@ async def hit_costs(
         note("hit, with limits", await cost(in_cache(choice, limited)), loop)
         fenced = await cost(in_cache(choice[:FENCED], caches["hit, fence=True"]))
         note("hit, fence=True", fenced, loop * FENCED // LOOKUPS, FENCED)
+        note("miss", await cost(in_cache(new, full)), 0, MISSES)
+    expect(full.statistics.evictions == len(others) * MISSES, "some were no misses")
+    await full.aclose()
     for cache in caches.values():
         made = cache.statistics.registrations
         expect(made == len(ranges), "some were no hits")
@@ -179,7 +189,7 @@ def check_costs(notifier: Notifier, address: int, rounds: int) -> dict[str, floa
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def print_hits(count: int, costs: dict[str, float]) -> int:
+def print_costs(count: int, costs: dict[str, float]) -> int:
     """Print the table of one number of registrations; return how many were missed."""
     missed = 0
     print(f"{count:,} registrations: ns per look-up (times the dict)")
@@ -195,13 +205,17 @@ def print_hits(count: int, costs: dict[str, float]) -> int:
 
 async def bench(backend: Backend, rounds: int) -> int:
     missed = 0
-    memory = mmap.mmap(-1, max(COUNTS) * SIZE)
-    address, _ = aioummu.address_range(memory)
+    memory = mmap.mmap(-1, (max(COUNTS) + rounds * MISSES) * SIZE)
+    address, end = aioummu.address_range(memory)
+    ranges = [(start, start + SIZE) for start in range(address, end, SIZE)]
+    # Between the others, since a cache is seldom used from below to above.
+    random.Random(2).shuffle(ranges)  # noqa: S311 - repeatable
+    others = [ranges[n * MISSES : (n + 1) * MISSES] for n in range(rounds)]
+    ranges = ranges[rounds * MISSES :]
     async with aioummu.open_notifier(backend=backend) as notifier:
         for count in COUNTS:
-            starts = [address + number * SIZE for number in range(count)]
-            ranges = [(start, start + SIZE) for start in starts]
-            missed += print_hits(count, await hit_costs(notifier, ranges, rounds))
+            costs = await costs_of(notifier, ranges[:count], others)
+            missed += print_costs(count, costs)
         costs = check_costs(notifier, address, rounds)
         print("ns per look (times notifier.changed)")
         for name, each in costs.items():
