@@ -132,14 +132,13 @@ endif
 		--editable '.[demo]'
 	@touch $@
 
+# All of it, also if a target is missed; then the status is 1.
 bench: $(INSTALLED)
-	$(BIN)/python bench/driver.py
-	$(BIN)/python bench/events.py
-	$(BIN)/python bench/embedded.py
-	$(BIN)/python bench/cache.py
-	$(BIN)/python bench/cache.py
-	$(BIN)/python bench/daemon.py
-	$(BIN)/python bench/daemon.py --guest
+	@status=0; \
+	for each in driver.py events.py embedded.py cache.py daemon.py "daemon.py --guest"; do \
+		echo "== bench/$$each"; \
+		$(BIN)/python bench/$$each || status=1; \
+	done; exit $$status
 
 setup: $(INSTALLED)
 
