@@ -145,8 +145,10 @@ class RegistrationCache(_hits.Index, Generic[R]):
         last one, returns the registration; may be a coroutine function. If it raises
         or is cancelled, it must have cleaned up
     :param deregister: called with a registration that nobody uses; may be a coroutine
-        function, which is not cancelled. What it raises comes out of the call that
-        made it necessary: the end of a use, get(), flush(), aclose()
+        function, which no cancel scope of anyio or trio cancels (``Task.cancel()`` of
+        asyncio does, and so ``asyncio.timeout()``: it has to finish by itself then).
+        What it raises comes out of the call that made it necessary: the end of a use,
+        get(), flush(), aclose(), run()
     :param max_count: the most registrations to keep; those in use come on top. The
         least recently used go first
     :param max_bytes: the most bytes that the registrations may cover, likewise
@@ -249,6 +251,8 @@ class RegistrationCache(_hits.Index, Generic[R]):
         Without a task that runs this, or one that receives the notifier's events, they
         are given up when the cache is used the next time: memory that nobody asks for
         again may stay registered, and pinned, until then.
+
+        Raises what *deregister* does.
 
         :raises ProcessGoneError: if the watched process has ended
         :raises ClosedError: if the cache or the notifier is closed
