@@ -348,9 +348,14 @@ class RegistrationCache(_hits.Index, Generic[R]):
             self._notifier._stop(runner)
 
     def _reported(self, region: Region) -> None:
-        """Take note that the notifier has read a report for the region."""
+        """Take note that a report was read for the region, or that it is gone."""
         entry = self._by_region.get(region)
-        if entry is not None and not region.valid:
+        if entry is None:
+            return
+        if not region.registered:
+            # By somebody else, in any thread: it is given up by who asks for it.
+            entry.is_simple = False
+        elif not region.valid:
             self._invalidations += 1
             self._retire(entry)
 

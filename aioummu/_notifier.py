@@ -526,6 +526,8 @@ class Notifier:
             region._page, region._unseen = (), None
             self._kept.pop(region, None)
             self._stale.discard(region)
+            if region._listener is not None:
+                region._listener(region)
             if region._waiters and not self._closed:
                 self._call_soon(self._wake_waiters, region)
 
@@ -690,7 +692,10 @@ class Notifier:
     # For the registration cache.
 
     def _listen(self, region: Region, listener: Callable[[Region], object]) -> None:
-        """Have it called whenever somebody has read a report for the region."""
+        """Have it called whenever somebody has read a report for the region.
+
+        Also, in any thread, when it is unregistered.
+        """
         region._listener = listener
         self._has_listeners = self._is_attentive = True
 

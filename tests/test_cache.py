@@ -406,6 +406,29 @@ async def test_a_change_of_something_else_ends_nothing(
         assert await use(cache, B, B + SIZE) is not other
 
 
+@pytest.mark.parametrize("is_thread", [False, True])
+async def test_a_region_that_somebody_else_unregisters(
+    cache: Cache,
+    device: ScriptedDevice,
+    notifier: Notifier,
+    user: User,
+    is_thread: bool,
+) -> None:
+    """Of what nobody watches, nothing is known."""
+    first = await use(cache)
+    assert await use(cache) is first
+    [cookie] = notifier.regions
+    if is_thread:
+        await to_thread.run_sync(notifier.unregister, cookie)
+    else:
+        notifier.unregister(cookie)
+    assert not device.regions
+    second = await use(cache)
+    assert second is not first
+    assert user.there == [second]
+    assert len(device.regions) == 1
+
+
 async def test_while_a_change_is_under_way_nothing_is_found(
     cache: Cache, device: ScriptedDevice
 ) -> None:
