@@ -799,11 +799,11 @@ static void ummunotify_visit(struct ummunotify_walk *walk,
 }
 
 /*
- * A range is settled while all regions that overlap it, and ask for its causes, are
- * pending with reports that cover it and them: from the walk that made them so until one of
- * them is read, or a region registered.  The end of an invalidation has nothing
- * to do then, which is the normal case, and need not search.  The latest range is
- * remembered.
+ * A range is settled while all regions that overlap it, and ask for its causes,
+ * are pending with reports that cover it and them: from the walk that made them
+ * so until one of them is read, or a region registered.  The end of an
+ * invalidation has nothing to do then, which is the normal case, and need not
+ * search.  The latest range is remembered.
  */
 static void ummunotify_settle(struct ummunotify_ctx *ctx, unsigned long start,
 			      unsigned long last, u32 causes)
