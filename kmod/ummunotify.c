@@ -148,7 +148,6 @@ static struct kmem_cache *ummunotify_region_cache;
  * @busy:	invalidations under way that touch it, if it has a state word
  * @slot:	of its state word, or 0
  * @once:	it is unregistered when its report is read
- * @serial:	how many regions were registered before it, see struct ummunotify_walk
  */
 struct ummunotify_region {
 	struct rb_node		range_node;
@@ -165,16 +164,18 @@ struct ummunotify_region {
 	u16			busy;
 	u32			slot : 31;
 	u32			once : 1;
-	u32			serial;
 };
 
 /**
  * struct ummunotify_state_page - a page of state words
  * @page:	the page, which user space maps
+ * @serials:	of the regions that have these slots: how many registrations with
+ *		a slot came before, see struct ummunotify_walk; as @used
  * @used:	slots of registered regions; guarded by the ctx's lock
  */
 struct ummunotify_state_page {
 	struct page		*page;
+	u64			*serials;
 	DECLARE_BITMAP(used, UMMUNOTIFY_PAGE_SLOTS);
 };
 
@@ -241,7 +242,7 @@ struct ummunotify_tracker {
  * @settled_last:	see ummunotify_settle()
  * @settled_causes:	see ummunotify_settle()
  * @features:	what was negotiated
- * @serial:	number of registrations so far
+ * @serial:	number of registrations with a slot so far
  * @reasons:	the causes that any region asks for; read without the lock
  * @generation:	the generation counter; the mapped page repeats it
  * @told_generation:	the generation that the latest LAST told
@@ -277,7 +278,7 @@ struct ummunotify_ctx {
 	unsigned long		settled_last;
 	u32			settled_causes;
 	u32			features;
-	u32			serial;
+	u64			serial;
 	u16			reasons;
 	u64			generation;
 	u64			told_generation;
@@ -617,7 +618,7 @@ struct ummunotify_walk {
 	unsigned long			last;
 	u32				causes;
 	u16				reasons;
-	u32				serial;
+	u64				serial;
 	unsigned int			hits;
 	bool				may_sleep;
 	bool				raised;
@@ -637,6 +638,13 @@ static u64 *ummunotify_state_word(struct ummunotify_ctx *ctx, u32 slot)
 	u64 *words = page_address(ummunotify_state_page(ctx, slot)->page);
 
 	return &words[slot % UMMUNOTIFY_PAGE_SLOTS];
+}
+
+static u64 *ummunotify_serial(struct ummunotify_ctx *ctx, u32 slot)
+{
+	u64 *serials = ummunotify_state_page(ctx, slot)->serials;
+
+	return &serials[slot % UMMUNOTIFY_PAGE_SLOTS];
 }
 
 /* Count, and say whether the region is busy from now on. */
@@ -688,7 +696,7 @@ static void ummunotify_land(struct ummunotify_tracker *tracker,
 	if (flight < end) {
 		*flight = end[-1];
 		tracker->nr_flights--;
-	} else {
+	} else if (tracker->nr_unknown) {
 		tracker->nr_unknown--;
 	}
 }
@@ -701,6 +709,9 @@ static u16 ummunotify_busy(const struct ummunotify_tracker *tracker,
 	const struct ummunotify_flight *end = flight + tracker->nr_flights;
 	u16 busy = 0;
 
+	/* Nothing is done to an empty one, and nobody would tell when it is over. */
+	if (region->last + 1 == region->start)
+		return 0;
 	if (tracker->nr_unknown)
 		return BUSY_FOREVER;
 	for (; flight < end; flight++)
@@ -724,10 +735,14 @@ static void ummunotify_update_state(struct ummunotify_walk *walk,
 		ummunotify_count_state(ctx, region->slot, true);
 		return;
 	}
-	if ((s32)(region->serial - walk->serial) >= 0)
+	if (*ummunotify_serial(ctx, region->slot) >= walk->serial)
 		return;
 	if (walk->phase == UMMUNOTIFY_PHASE_START) {
 		region->busy++;
+		ummunotify_count_state(ctx, region->slot, true);
+	} else if (!region->busy) {
+		/* An end without a start, as of 6.7's PAGEMAP_SCAN: never trust it. */
+		region->busy = BUSY_FOREVER;
 		ummunotify_count_state(ctx, region->slot, true);
 	} else if (!--region->busy) {
 		ummunotify_settle_state(ctx, region->slot);
@@ -1088,6 +1103,7 @@ static const struct mmu_notifier_ops ummunotify_tracker_ops = {
 static void ummunotify_free_state_page(struct ummunotify_state_page *page)
 {
 	put_page(page->page);
+	kfree(page->serials);
 	kfree(page);
 }
 
@@ -1100,8 +1116,13 @@ static struct ummunotify_state_page *ummunotify_alloc_state_page(void)
 	page = kzalloc(sizeof(*page), GFP_KERNEL_ACCOUNT);
 	if (!page)
 		return NULL;
+	page->serials = kmalloc_array(UMMUNOTIFY_PAGE_SLOTS, sizeof(*page->serials),
+				      GFP_KERNEL_ACCOUNT);
 	page->page = alloc_page(UMMUNOTIFY_GFP_MAPPED);
-	if (!page->page) {
+	if (!page->serials || !page->page) {
+		if (page->page)
+			put_page(page->page);
+		kfree(page->serials);
 		kfree(page);
 		return NULL;
 	}
@@ -1214,6 +1235,7 @@ static void ummunotify_take_slot(struct ummunotify_ctx *ctx,
 {
 	__set_bit(region->slot % UMMUNOTIFY_PAGE_SLOTS,
 		  ummunotify_state_page(ctx, region->slot)->used);
+	*ummunotify_serial(ctx, region->slot) = ctx->serial++;
 	region->busy = ummunotify_busy(ctx->tracker, region);
 	ummunotify_count_state(ctx, region->slot, region->busy);
 }
@@ -1241,7 +1263,6 @@ static int ummunotify_insert(struct ummunotify_ctx *ctx,
 		return -EINVAL;
 
 	ctx->nr_regions++;
-	region->serial = ctx->serial++;
 	if ((ctx->reasons | region->reasons) != ctx->reasons)
 		WRITE_ONCE(ctx->reasons, ctx->reasons | region->reasons);
 	if (region->slot)
@@ -1377,7 +1398,8 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 	list_for_each_entry_safe(region, next, &ctx->pending, pending) {
 		if (!(region->report & REPORT_PEEKED))
 			break;
-		if (region->report & REPORT_CHANGED) {
+		/* A one-shot region ends with what is delivered, whatever came since. */
+		if (region->report & REPORT_CHANGED && !region->once) {
 			region->report &= ~(REPORT_PEEKED | REPORT_CHANGED);
 		} else {
 			region->report = 0;
@@ -1385,7 +1407,12 @@ static size_t ummunotify_commit(struct ummunotify_ctx *ctx, size_t n)
 			ctx->nr_pending--;
 			if (region->once) {
 				ummunotify_remove(ctx, region);
-				if (!ummunotify_spare(ctx, region))
+				if (ummunotify_spare(ctx, region))
+					continue;
+				/* One too many, and one more with each less. */
+				list_add(&region->pending, &surplus);
+				region = ummunotify_take_spare(ctx);
+				if (region)
 					list_add(&region->pending, &surplus);
 			}
 		}
