@@ -267,6 +267,41 @@ static void a_one_shot_region_can_be_unregistered(const void *unused)
 	expect_nothing(&device);
 }
 
+struct zapper {
+	char	*page;
+	bool	stop;
+};
+
+static void *zap_until_stopped(void *arg)
+{
+	struct zapper *zapper = arg;
+
+	while (!__atomic_load_n(&zapper->stop, __ATOMIC_ACQUIRE))
+		zap(zapper->page, 1);
+	return NULL;
+}
+
+/* Also if it changes again while its report is being copied. */
+static void a_one_shot_region_ends_with_its_report(const void *unused)
+{
+	struct device device = open_device_with(ONCE, O_NONBLOCK);
+	struct ummunotify_event *event = (void *)map_pages(1);
+	struct zapper zapper = { .page = map_pages(1) };
+	pthread_t thread = start_thread(zap_until_stopped, &zapper);
+
+	for (unsigned int round = 0; round < 3000; round++) {
+		watch(&device, zapper.page, 1, 1, FLAG_ONCE);
+		do {
+			/* Not there: the copy takes its time. */
+			zap((char *)event, 1);
+		} while (read_records(device.fd, event, 1) < 0 ||
+			 event->type != UMMUNOTIFY_EVENT_TYPE_INVAL);
+		CHECK_EQ(event->user_cookie_counter, 1);
+	}
+	__atomic_store_n(&zapper.stop, true, __ATOMIC_RELEASE);
+	join_thread(thread);
+}
+
 /* More than are kept for later registrations, in more than one batch. */
 static void many_one_shot_regions_go_with_one_read(const void *unused)
 {
@@ -301,6 +336,7 @@ static const struct test tests[] = {
 	TEST(a_one_shot_region_coalesces_until_it_is_read),
 	TEST(a_failed_read_ends_no_one_shot_region),
 	TEST(a_one_shot_region_can_be_unregistered),
+	TEST(a_one_shot_region_ends_with_its_report),
 	TEST(many_one_shot_regions_go_with_one_read),
 };
 

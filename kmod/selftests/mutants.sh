@@ -57,6 +57,8 @@ unknown_flags_are_accepted|features_test|what_was_not_negotiated_is_einval|s/^\t
 garbage_is_a_filter|features_test|garbage_without_filters_filters_nothing|s/^\tif (known) {/\tif (true) {\n\t\tknown = ~0;/
 once_is_for_ever|features_test|a_one_shot_region_reports_once_and_is_gone|s/^\t\t\tif (region->once) {/\t\t\tif (0) {/
 once_ends_with_the_change|features_test|a_one_shot_region_coalesces_until_it_is_read|/^static void ummunotify_visit/,/^}/s/^\twalk->hits++;/\twalk->hits++;\n\tif (region->once \&\& region->report)\n\t\treturn;/
+once_outlives_a_change|features_test|a_one_shot_region_ends_with_its_report|s/ && !region->once) {/) {/
+empty_regions_are_busy|state_test|an_empty_region_is_idle|/^static u16 ummunotify_busy/,/^}/s/^\tif (region->last + 1 == region->start)/\tif (0)/
 states_never_change|state_test|each_change_of_the_region_changes_its_state|s/^\tif (region->slot)$/\tif (0)/
 the_filtered_count|state_test|what_is_filtered_out_does_not_change_the_state|/^static void ummunotify_visit/,/^}/s/^\tif (!(region->reasons/\tif (region->slot)\n\t\tummunotify_update_state(walk, region);\n\tif (!(region->reasons/
 never_busy|state_test|the_state_is_busy_while_a_change_is_under_way|/^static void ummunotify_count_state/,/^}/s/ + 1 + busy);/ + 1);/

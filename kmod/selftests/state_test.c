@@ -398,6 +398,43 @@ static void a_free_slot_is_busy(const void *unused)
 	CHECK(state(states, 1) > value);
 }
 
+struct zapper {
+	char	*pages;
+	bool	stop;
+};
+
+static void *zap_until_stopped(void *arg)
+{
+	struct zapper *zapper = arg;
+
+	while (!__atomic_load_n(&zapper->stop, __ATOMIC_ACQUIRE))
+		zap(zapper->pages, 2);
+	return NULL;
+}
+
+/* Whatever is done around it while it is registered. */
+static void an_empty_region_is_idle(const void *unused)
+{
+	enum { REGIONS = 500, TIMES = 20 };
+	const void *states;
+	struct device device = open_with_states(&states);
+	struct zapper zapper = { .pages = map_pages(2) };
+	pthread_t thread = start_thread(zap_until_stopped, &zapper);
+
+	for (unsigned int i = 0; i < TIMES; i++) {
+		for (u32 slot = 1; slot < REGIONS; slot++)
+			watch(&device, zapper.pages + page_size(), 0, slot, 0,
+			      slot);
+		for (u32 slot = 1; slot < REGIONS; slot++) {
+			CHECK(!(state(states, slot) & BUSY));
+			unregister_region(&device, slot);
+		}
+	}
+	__atomic_store_n(&zapper.stop, true, __ATOMIC_RELEASE);
+	join_thread(thread);
+	expect_nothing(&device);
+}
+
 static void a_slot_has_one_region(const void *unused)
 {
 	const void *states;
@@ -634,6 +671,7 @@ static const struct test tests[] = {
 	TEST(states_begin_when_nothing_is_under_way),
 	TEST(newcomers_in_the_middle_of_a_change_settle),
 	TEST(a_free_slot_is_busy),
+	TEST(an_empty_region_is_idle),
 	TEST(a_slot_has_one_region),
 	TEST(states_are_for_those_who_asked),
 	TEST(the_area_is_as_large_as_first_mapped),
