@@ -16,6 +16,7 @@ from aioummu._errors import (
     ClosedError,
     RangeBusyError,
     TooManyRegionsError,
+    UnknownCookieError,
     UnstableMemoryError,
     UnwatchableRangeError,
 )
@@ -263,7 +264,8 @@ class RegistrationCache(_hits.Index, Generic[R]):
             runner = Waiter(None)
             self._runners.add(runner)
             try:
-                if not self._waste:
+                # It may have been closed meanwhile.
+                if not self._waste and not self._closed:
                     await self._notifier._read_until_stopped(runner)
             finally:
                 self._runners.discard(runner)
@@ -449,7 +451,7 @@ class RegistrationCache(_hits.Index, Generic[R]):
 
     async def _left(self, entry: _Entry[R]) -> None:
         """Do what is to be done when a user has left."""
-        if not entry.users and not entry.is_cached:
+        if not entry.users and entry in self._leaving:
             self._leaving.discard(entry)
             self._discard(entry)
         self._evict()
@@ -510,6 +512,7 @@ class RegistrationCache(_hits.Index, Generic[R]):
         """Return an entry for one use; None: it was made in vain."""
         registration = await self._call(start, end)
         try:
+            self._check_open()
             # Perhaps there was no memory yet, or it was just being replaced.
             self._watch(start, end).unregister()
         except (UnwatchableRangeError, RangeBusyError, TooManyRegionsError):
@@ -539,6 +542,8 @@ class RegistrationCache(_hits.Index, Generic[R]):
                 self._is_true(region)
                 and not self._closed
                 and self._valid(start, end) is None
+                # Of those, there may be one if the fence was of no use.
+                and self._covering(start, end) is None
             ):
                 entry = _Entry(start, end, registration, region)
                 self._add(entry)
@@ -563,6 +568,9 @@ class RegistrationCache(_hits.Index, Generic[R]):
     def _is_true(self, region: Region) -> bool:
         if self._fence is not None and not self._fence():
             return False
+        if not region.valid and self._notifier._has_stateless:
+            # What is unread is most likely about others.
+            self._notifier._read_for_others()
         return region.valid
 
     async def _until_quiet(self, region: Region) -> bool:
@@ -577,7 +585,7 @@ class RegistrationCache(_hits.Index, Generic[R]):
             pause = min(2 * pause + 0.0005, _LONGEST_PAUSE)
             try:
                 region.rearm()
-            except (UnwatchableRangeError, RangeBusyError):
+            except (UnwatchableRangeError, RangeBusyError, UnknownCookieError):
                 # Not what was there when it was registered.
                 return False
         return region.valid

@@ -576,6 +576,11 @@ class Notifier:
             self._check_open()
             if self._regions.get(region.cookie) is not region:
                 raise UnknownCookieError(f"{region!r}: register it anew")
+            if region._listener is not None:
+                # What it was is over: whoever relies on that gives it up.
+                region._listener(region)
+                if self._regions.get(region.cookie) is not region:
+                    return
             # If the device refuses, it is as invalid as before.
             self._device.rearm(region.cookie)
             self._take_baseline(region)
@@ -762,6 +767,7 @@ class Notifier:
         region._is_recorded = True
         if self._leader is None:
             self._keep(self._read(self._decode) or [])
+            self._wake(self._consumer)
         if region._unseen is None and region.registered and not region.valid:
             region._unseen = Inval(region, region.start, region.end, exact=False)
 
@@ -790,6 +796,7 @@ class Notifier:
         with CancelScope() as self._leader_scope:
             if in_vain > _VAIN_WAKE_UPS:
                 await sleep(_VAIN_PAUSE)
+                self._check_open()
             await self._readiness.wait()
         self._leader_scope = None
 

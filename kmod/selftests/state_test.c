@@ -338,7 +338,7 @@ static void *zap_when_told(void *arg)
 
 static void newcomers_in_the_middle_of_a_change_settle(const void *unused)
 {
-	enum { ROUNDS = 200, CROWD = 4000, NEWCOMERS = 400 };
+	enum { ROUNDS = 200, MOST_ROUNDS = 2000, CROWD = 4000, NEWCOMERS = 400 };
 	static struct crowded crowded;
 	struct device device = open_device_with(ALL, O_NONBLOCK);
 	const void *states = map_states(&device, 2);
@@ -348,11 +348,15 @@ static void newcomers_in_the_middle_of_a_change_settle(const void *unused)
 	for (u64 i = 0; i < CROWD; i++)
 		watch(&device, crowded.page, 1, NEWCOMERS + 1 + i, 0, 0);
 	start_thread(zap_when_told, &crowded);
-	for (unsigned int round = 1; round <= ROUNDS; round++) {
+	for (unsigned int round = 1;
+	     round <= (in_the_middle ? ROUNDS : MOST_ROUNDS); round++) {
+		const u64 before = generation(&device);
 		unsigned int busy = 0;
 
 		__atomic_store_n(&crowded.wanted, round, __ATOMIC_RELEASE);
-		/* They are in front of the walk as long as it has not begun. */
+		/* The first one of the crowd was reported, and the others not yet. */
+		while (generation(&device) == before)
+			continue;
 		for (u32 i = 1; i <= NEWCOMERS; i++) {
 			watch(&device, crowded.page, 1,
 			      (i % 2) ? i : CROWD + NEWCOMERS + i, 0, i);
