@@ -429,6 +429,28 @@ async def test_a_region_that_somebody_else_unregisters(
     assert len(device.regions) == 1
 
 
+async def test_a_region_that_somebody_else_rearms(
+    cache: Cache, device: ScriptedDevice, notifier: Notifier, user: User
+) -> None:
+    """It is watched again, but what was registered is of former memory."""
+    first = await use(cache)
+    [region] = notifier.regions.values()
+    device.change(A, A + 1)
+    region.rearm()
+    second = await use(cache)
+    assert second is not first
+    assert user.there == [second]
+
+
+async def test_others_change_while_it_is_made(
+    cache: Cache, device: ScriptedDevice, notifier: Notifier, user: User
+) -> None:
+    with notifier.register(B, B + 1):
+        user.meanwhile = lambda _: device.change(B, B + 1)
+        registration = await use(cache)
+    assert user.all == [registration]
+
+
 async def test_while_a_change_is_under_way_nothing_is_found(
     cache: Cache, device: ScriptedDevice
 ) -> None:
@@ -924,6 +946,34 @@ async def test_run_ends_when_the_cache_is_closed(
             await slow.aclose()
 
 
+async def test_run_ends_if_closed_while_it_deregisters(
+    notifier: Notifier, user: User, device: ScriptedDevice
+) -> None:
+    go, begun = Event(), Event()
+
+    async def deregister(registration: Registration) -> None:
+        begun.set()
+        await go.wait()
+        user.deregister(registration)
+
+    cache = RegistrationCache(notifier, user.register, deregister)
+
+    async def run() -> None:
+        with pytest.raises(ClosedError):
+            await cache.run()
+
+    await use(cache)
+    with fail_after(LIMIT):
+        async with create_task_group() as tasks:
+            tasks.start_soon(run)
+            await device.until_waited_for()
+            device.change(A, A + 1)
+            await begun.wait()
+            await cache.aclose()
+            go.set()
+    assert not user.there
+
+
 async def test_another_miss_gives_up_what_has_changed(
     cache: Cache, device: ScriptedDevice
 ) -> None:
@@ -1033,6 +1083,23 @@ async def test_the_fence(
         await use(cache)
     device.is_fenced = True
     await use(cache)
+    await cache.aclose()
+    assert not user.there
+
+
+async def test_none_is_kept_within_another_if_the_fence_is_in_vain(
+    notifier: Notifier, device: ScriptedDevice, user: User
+) -> None:
+    cache = RegistrationCache(notifier, user.register, user.deregister, fence=True)
+    outer = await use(cache)
+    fences = iter([False, False, True, False])
+    device.fence = lambda: next(fences, True)  # type: ignore[method-assign]
+    inner = await use(cache, A, A + 1)
+    assert inner is outer or not inner.is_there
+    assert cache.statistics.count == 1
+    device.change(A, A + 1)
+    notifier.read_nowait()
+    assert not cache.statistics.count
     await cache.aclose()
     assert not user.there
 
