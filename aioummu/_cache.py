@@ -361,6 +361,12 @@ class RegistrationCache(_hits.Index, Generic[R]):
             self._invalidations += 1
             self._retire(entry)
 
+    def _is_valid(self, region: Region) -> bool:
+        if not region.valid and self._notifier._has_stateless:
+            # What is unread is most likely about others.
+            self._notifier._read_for_others()
+        return region.valid
+
     def _valid(self, start: int, end: int) -> _Entry[R] | None:
         """Return an entry that covers the range and is true, if there is one."""
         while True:
@@ -369,10 +375,7 @@ class RegistrationCache(_hits.Index, Generic[R]):
                 return None
             # No entry without a region is in the index.
             region = cast("Region", entry.region)
-            if not region.valid and self._notifier._has_stateless:
-                # What is unread is most likely about others.
-                self._notifier._read_for_others()
-            if region.valid:
+            if self._is_valid(region):
                 entry.settle()
                 return entry
             if entry.is_cached:
@@ -568,10 +571,7 @@ class RegistrationCache(_hits.Index, Generic[R]):
     def _is_true(self, region: Region) -> bool:
         if self._fence is not None and not self._fence():
             return False
-        if not region.valid and self._notifier._has_stateless:
-            # What is unread is most likely about others.
-            self._notifier._read_for_others()
-        return region.valid
+        return self._is_valid(region)
 
     async def _until_quiet(self, region: Region) -> bool:
         """Wait until nothing is being done to the memory; False: it goes on."""

@@ -36,15 +36,17 @@ from aioummu import (
     UnstableMemoryError,
     UnwatchableRangeError,
 )
+from aioummu.testing import FakeDevice
 from tests.memory import Pages
-from tests.pipe_device import LIMIT, PipeDevice, inval, last, until
+from tests.pipe_device import LIMIT, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from _typeshed import WriteableBuffer
 
-    from aioummu import Cause, DeviceLike, Page
+    from aioummu import Cause, DeviceLike
 
     Cache: TypeAlias = "RegistrationCache[Registration]"
 
@@ -55,57 +57,35 @@ B = 0x20000
 SIZE = 0x1000
 
 
-class ScriptedDevice(PipeDevice):
+class ScriptedDevice(FakeDevice):
     """As the driver does it: with states, or with generations and reports only."""
 
     def __init__(self, features: Feature) -> None:
-        super().__init__()
-        self.features = features
-        self.words: list[int] = []
-        self.slots: dict[int, int] = {}
-        self.in_flight: list[tuple[int, int]] = []
-        #: Regions whose report nobody has read yet.
-        self.pending: set[int] = set()
+        super().__init__(features=features)
+        self.regions: dict[int, tuple[int, int]] = {}
+        self._changes: dict[tuple[int, int], AbstractContextManager[None]] = {}
         #: Raised by register(), in turn.
         self.refusals: list[Exception] = []
         self.is_fenced = True
+        self.fences = 0
+        #: How often readinto() found nothing, after which its caller waits.
+        self._empty_reads = 0
 
     def begin(self, start: int, end: int) -> None:
         """Begin a change."""
-        self.in_flight.append((start, end))
-        self._count(self._hit(start, end))
+        change = self._changes[start, end] = self.invalidating(start, end)
+        change.__enter__()
 
     def end_change(self, start: int, end: int) -> None:
-        self.in_flight.remove((start, end))
-        hit = self._hit(start, end)
-        # Who has read or registered meanwhile is told again.
-        self._count([cookie for cookie in hit if cookie not in self.pending], -1)
-        for cookie in hit:
-            if not any(self._overlaps(cookie, *each) for each in self.in_flight):
-                self.words[self.slots[cookie]] += self.words[self.slots[cookie]] % 2
+        self._changes.pop((start, end)).__exit__(None, None, None)
 
     def change(self, start: int, end: int) -> None:
-        self.begin(start, end)
-        self.end_change(start, end)
+        self.invalidate(start, end)
 
-    def _overlaps(self, cookie: int, start: int, end: int) -> bool:
-        first, behind = self.regions[cookie]
-        return first < end and start < behind
-
-    def _hit(self, start: int, end: int) -> list[int]:
-        return [c for c in self.regions if self._overlaps(c, start, end)]
-
-    def _count(self, cookies: list[int], step: int = 1) -> None:
-        if not cookies:
-            return
-        self.set_generation(self.generation + 1)
-        for cookie in cookies:
-            slot = self.slots[cookie]
-            self.words[slot] += 2 - step if self.words[slot] % 2 else step % 2
-            if cookie not in self.pending:
-                self.send(inval(cookie, *self.regions[cookie]))
-                self.pending.add(cookie)
-        self.send(last(self.generation))
+    async def until_waited_for(self) -> None:
+        """Let other tasks run until one of them waits for a report."""
+        seen = self._empty_reads
+        await until(lambda: self._empty_reads > seen)
 
     def register(
         self,
@@ -119,25 +99,11 @@ class ScriptedDevice(PipeDevice):
         if self.refusals:
             raise self.refusals.pop(0)
         super().register(start, end, cookie, causes=causes, once=once)
-        self.slots[cookie] = len(self.words)
-        self.words.append(
-            1 if any(self._overlaps(cookie, *each) for each in self.in_flight) else 0
-        )
+        self.regions[cookie] = start, end
 
     def unregister(self, cookie: int) -> None:
         super().unregister(cookie)
-        self.pending.discard(cookie)
-
-    def state(self, cookie: int) -> int | None:  # type: ignore[override]
-        return self.words[self.slots[cookie]] if self.features else None
-
-    def watch_word(self, cookie: int) -> tuple[Page, int]:
-        return (self.words, self.slots[cookie]) if self.features else (self.page, 0)
-
-    def close(self) -> None:
-        self.words[:] = [word | 1 for word in self.words]
-        self.page.release()
-        super().close()
+        del self.regions[cookie]
 
     def fence(self) -> bool:
         self.fences += 1
@@ -145,8 +111,7 @@ class ScriptedDevice(PipeDevice):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         size = super().readinto(buffer)
-        if size:
-            self.pending.clear()
+        self._empty_reads += size is None
         return size
 
 
@@ -203,7 +168,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[ScriptedDevice]:
     device = ScriptedDevice(features[request.param])
     yield device
     device.close()
-    device.end()
 
 
 @pytest.fixture
@@ -570,7 +534,6 @@ async def test_a_change_before_the_function_is_called(
     cache: Cache, device: ScriptedDevice, user: User
 ) -> None:
     """Between the watch and the registration: it must not count as before."""
-    device.after_read = lambda: None
     device.begin(A, A + 1)
     async with create_task_group() as tasks:
         tasks.start_soon(use, cache)

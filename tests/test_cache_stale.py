@@ -29,6 +29,7 @@ from anyio.lowlevel import checkpoint
 
 import aioummu
 from aioummu import Device, EmbeddedDevice, Feature, RegistrationCache
+from aioummu.testing import FakeDevice
 from tests.memory import PAGE
 from tests.operations import kernel
 from tests.pipe_device import LIMIT, until
@@ -36,9 +37,7 @@ from tests.pipe_device import LIMIT, until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from _typeshed import WriteableBuffer
-
-    from aioummu import Cause, DeviceLike, Page
+    from aioummu import DeviceLike
 
 #: Where no allocator comes: holes in it stay holes.
 ARENA = 0x10_0000_0000
@@ -149,57 +148,6 @@ class Adapter:
     async def deregister_slowly(self, pinned: Pinned) -> None:
         await checkpoint()
         self.deregister(pinned)
-
-
-class DeafDevice:
-    """Is told of nothing: a cache on it trusts addresses."""
-
-    backend = "deaf"
-    features = Feature.STATE
-    generation = 0
-
-    def __init__(self) -> None:
-        self.page: Page = (0,)
-        self._pipe = os.pipe()
-
-    def fileno(self) -> int:
-        return self._pipe[0]
-
-    def register(
-        self,
-        start: int,
-        end: int,
-        cookie: int,
-        *,
-        causes: Cause | None = None,
-        once: bool = False,
-    ) -> None:
-        pass
-
-    def unregister(self, cookie: int) -> None:
-        pass
-
-    def spent(self, cookie: int) -> bool:  # noqa: ARG002
-        return False
-
-    def rearm(self, cookie: int) -> None:
-        pass
-
-    def state(self, cookie: int) -> int:  # noqa: ARG002
-        return 0
-
-    def watch_word(self, cookie: int) -> tuple[Page, int]:  # noqa: ARG002
-        return self.page, 0
-
-    def fence(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int | None:  # noqa: ARG002
-        return None
-
-    def close(self) -> None:
-        for fd in self._pipe:
-            os.close(fd)
 
 
 def stateless_device() -> Device:
@@ -409,7 +357,8 @@ def test_a_cache_that_trusts_addresses_is_caught(
     run = check(
         changers,
         adapter,
-        DeafDevice(),
+        # It is told of nothing.
+        FakeDevice(),
         chance,
         pause,
         lambda run: run.stale >= 10,
