@@ -272,6 +272,27 @@ void join_thread(pthread_t thread)
 	CHECK_EQ(pthread_join(thread, NULL), 0);
 }
 
+static void *zap_until_stopped(void *arg)
+{
+	struct zapper *zapper = arg;
+
+	while (!__atomic_load_n(&zapper->stop, __ATOMIC_ACQUIRE))
+		zap(zapper->start, zapper->pages);
+	return NULL;
+}
+
+void start_zapper(struct zapper *zapper, char *start, size_t pages)
+{
+	*zapper = (struct zapper){ .start = start, .pages = pages };
+	zapper->thread = start_thread(zap_until_stopped, zapper);
+}
+
+void stop_zapper(struct zapper *zapper)
+{
+	__atomic_store_n(&zapper->stop, true, __ATOMIC_RELEASE);
+	join_thread(zapper->thread);
+}
+
 void wait_until_in_syscall(pid_t tid, long number)
 {
 	char path[64], text[128];

@@ -106,6 +106,17 @@ int make_shared_file(size_t pages);
 pthread_t start_thread(void *(*run)(void *arg), void *arg);
 void join_thread(pthread_t thread);
 
+/* A thread that zaps the same pages again and again. */
+struct zapper {
+	char		*start;
+	size_t		pages;
+	bool		stop;
+	pthread_t	thread;
+};
+
+void start_zapper(struct zapper *zapper, char *start, size_t pages);
+void stop_zapper(struct zapper *zapper);
+
 /* Wait until a thread sleeps in a system call. */
 void wait_until_in_syscall(pid_t tid, long number);
 

@@ -267,30 +267,17 @@ static void a_one_shot_region_can_be_unregistered(const void *unused)
 	expect_nothing(&device);
 }
 
-struct zapper {
-	char	*page;
-	bool	stop;
-};
-
-static void *zap_until_stopped(void *arg)
-{
-	struct zapper *zapper = arg;
-
-	while (!__atomic_load_n(&zapper->stop, __ATOMIC_ACQUIRE))
-		zap(zapper->page, 1);
-	return NULL;
-}
-
 /* Also if it changes again while its report is being copied. */
 static void a_one_shot_region_ends_with_its_report(const void *unused)
 {
 	struct device device = open_device_with(ONCE, O_NONBLOCK);
 	struct ummunotify_event *event = (void *)map_pages(1);
-	struct zapper zapper = { .page = map_pages(1) };
-	pthread_t thread = start_thread(zap_until_stopped, &zapper);
+	char *page = map_pages(1);
+	struct zapper zapper;
 
+	start_zapper(&zapper, page, 1);
 	for (unsigned int round = 0; round < 3000; round++) {
-		watch(&device, zapper.page, 1, 1, FLAG_ONCE);
+		watch(&device, page, 1, 1, FLAG_ONCE);
 		do {
 			/* Not there: the copy takes its time. */
 			zap((char *)event, 1);
@@ -298,8 +285,7 @@ static void a_one_shot_region_ends_with_its_report(const void *unused)
 			 event->type != UMMUNOTIFY_EVENT_TYPE_INVAL);
 		CHECK_EQ(event->user_cookie_counter, 1);
 	}
-	__atomic_store_n(&zapper.stop, true, __ATOMIC_RELEASE);
-	join_thread(thread);
+	stop_zapper(&zapper);
 }
 
 /* More than are kept for later registrations, in more than one batch. */

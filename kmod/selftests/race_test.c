@@ -546,38 +546,22 @@ static void a_reader_stuck_in_a_fault_delays_nobody(const void *unused)
 
 /* close() while others change the memory, and while it ends */
 
-struct changing {
-	char	*page;
-	bool	stop;
-};
-
-static void *zap_until_stop(void *arg)
-{
-	struct changing *changing = arg;
-
-	while (!load_flag(&changing->stop))
-		zap(changing->page, 1);
-	return NULL;
-}
-
 static void close_while_memory_changes(const void *unused)
 {
-	struct changing changing = { .page = map_pages(1) };
-	pthread_t threads[2];
+	char *page = map_pages(1);
+	struct zapper zappers[2];
 
 	for (int i = 0; i < 2; i++)
-		threads[i] = start_thread(zap_until_stop, &changing);
+		start_zapper(&zappers[i], page, 1);
 	for (int round = 0; round < 200; round++) {
 		struct device device = open_device(0);
 
 		for (unsigned int i = 0; i < 100; i++)
-			register_region(&device, changing.page, page_size(),
-					i);
+			register_region(&device, page, page_size(), i);
 		close_device(&device);
 	}
-	set_flag(&changing.stop);
 	for (int i = 0; i < 2; i++)
-		join_thread(threads[i]);
+		stop_zapper(&zappers[i]);
 }
 
 static void open_and_pass(int socket, void *unused)

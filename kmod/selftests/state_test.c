@@ -402,40 +402,25 @@ static void a_free_slot_is_busy(const void *unused)
 	CHECK(state(states, 1) > value);
 }
 
-struct zapper {
-	char	*pages;
-	bool	stop;
-};
-
-static void *zap_until_stopped(void *arg)
-{
-	struct zapper *zapper = arg;
-
-	while (!__atomic_load_n(&zapper->stop, __ATOMIC_ACQUIRE))
-		zap(zapper->pages, 2);
-	return NULL;
-}
-
 /* Whatever is done around it while it is registered. */
 static void an_empty_region_is_idle(const void *unused)
 {
 	enum { REGIONS = 500, TIMES = 20 };
 	const void *states;
 	struct device device = open_with_states(&states);
-	struct zapper zapper = { .pages = map_pages(2) };
-	pthread_t thread = start_thread(zap_until_stopped, &zapper);
+	char *pages = map_pages(2);
+	struct zapper zapper;
 
+	start_zapper(&zapper, pages, 2);
 	for (unsigned int i = 0; i < TIMES; i++) {
 		for (u32 slot = 1; slot < REGIONS; slot++)
-			watch(&device, zapper.pages + page_size(), 0, slot, 0,
-			      slot);
+			watch(&device, pages + page_size(), 0, slot, 0, slot);
 		for (u32 slot = 1; slot < REGIONS; slot++) {
 			CHECK(!(state(states, slot) & BUSY));
 			unregister_region(&device, slot);
 		}
 	}
-	__atomic_store_n(&zapper.stop, true, __ATOMIC_RELEASE);
-	join_thread(thread);
+	stop_zapper(&zapper);
 	expect_nothing(&device);
 }
 
